@@ -1,0 +1,243 @@
+// Elementwise passes on the host. M rows, N columns; a task is block_rows rows of kColumns columns, so that a chunk of
+// a row stays in the first-level cache between converting to float, computing, and rounding once at the store.
+#include "core/simd.h"  // before math.h, which uses its overloads
+
+#include "cpu/activation.h"
+
+namespace dlops {
+inline namespace DLOPS_ISA {
+namespace {
+
+constexpr int64_t kColumns = kActivationColumns;
+constexpr int64_t kRunRows = 32;  // rows added one after the other before their sum joins the block's
+
+#define DLOPS_INLINE __attribute__((always_inline))
+
+template <class A>
+void value_chunk(const float* params, const float* x, float* y, int64_t n) {
+  const A activation(params);
+  for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { store(y + j, activation.value(load(x + j, lanes)), lanes); });
+}
+
+// dx = dy * slope(saved)
+template <class A>
+void slope_chunk(const float* params, const float* dy, const float* saved, float* dx, int64_t n) {
+  const A activation(params);
+  for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE {
+    store(dx + j, load(dy + j, lanes) * activation.slope(load(saved + j, lanes)), lanes);
+  });
+}
+
+struct Chunks {
+  bool from_output;
+  void (*value)(const float* params, const float* x, float* y, int64_t n);
+  void (*slope)(const float* params, const float* dy, const float* saved, float* dx, int64_t n);
+};
+
+template <class A>
+constexpr Chunks kChunksOf = {A::kFromOutput, value_chunk<A>, slope_chunk<A>};
+
+// In the order of Activation.
+constexpr Chunks kChunks[] = {kChunksOf<None>, kChunksOf<Step>,     kChunksOf<Sign>, kChunksOf<Relu>,
+                              kChunksOf<LeakyRelu>, kChunksOf<Elu>, kChunksOf<Sigmoid>, kChunksOf<Tanh>,
+                              kChunksOf<Gelu>, kChunksOf<GeluTanh>, kChunksOf<Silu>, kChunksOf<Relu2>,
+                              kChunksOf<Hardswish>, kChunksOf<Mish>, kChunksOf<Softplus>};
+
+void multiply(const float* a, const float* b, float* out, int64_t n) {
+  for_lanes(n, [&](int64_t j, auto lanes)
+                   DLOPS_INLINE { store(out + j, load(a + j, lanes) * load(b + j, lanes), lanes); });
+}
+
+// n elements as floats: in place, or converted into buffer.
+const float* read(const float* x, float*, int64_t) { return x; }
+
+template <class T>
+const float* read(const T* x, float* buffer, int64_t n) {
+  for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { store(buffer + j, load(x + j, lanes), lanes); });
+  return buffer;
+}
+
+template <class T>
+void write(T* y, const float* buffer, int64_t n, bool streaming) {
+  if (streaming && can_stream(y, 0))
+    for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { stream(y + j, load(buffer + j, lanes), lanes); });
+  else
+    for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { store(y + j, load(buffer + j, lanes), lanes); });
+}
+
+// Sums of one column chunk over the rows of a block.
+struct BiasSum {
+  float run[kColumns], total[kColumns];
+
+  void clear() {
+    __builtin_memset(run, 0, sizeof(run));
+    __builtin_memset(total, 0, sizeof(total));
+  }
+  void flush() {
+    for (int64_t j = 0; j < kColumns; ++j) total[j] += run[j];
+    __builtin_memset(run, 0, sizeof(run));
+  }
+  void add(const float* x, int64_t n) {
+    for_lanes(n, [&](int64_t j, auto lanes)
+                     DLOPS_INLINE { store(run + j, load(run + j, lanes) + load(x + j, lanes), lanes); });
+  }
+};
+
+struct Segment {
+  int64_t block, row, column, count;
+};
+
+// Calls begin(segment) before, body(segment) on and end(segment) after the rows of every task; flush every kRunRows.
+template <class Begin, class Body, class Flush, class End>
+void for_segments(const ActivationPass& p, int64_t begin_task, int64_t end_task, Begin begin, Body body, Flush flush,
+                  End end) {
+  const int64_t chunks = (p.width + kColumns - 1) / kColumns;
+  for (int64_t task = begin_task; task < end_task; ++task) {
+    const int64_t block = task / chunks, column = task % chunks * kColumns;
+    const int64_t count = p.width - column < kColumns ? p.width - column : kColumns;
+    const int64_t first = block * p.block_rows;
+    const int64_t last = first + p.block_rows < p.rows ? first + p.block_rows : p.rows;
+    begin();
+    for (int64_t row = first; row < last; ++row) {
+      body(Segment{block, row, column, count});
+      if (row + 1 == last || (row + 1 - first) % kRunRows == 0) flush();
+    }
+    end(Segment{block, first, column, count});
+  }
+  if (p.stream) stream_fence();
+}
+
+constexpr auto kNothing = [](auto&&...) {};
+
+template <class T>
+const T* at(const void* base, int64_t stride, const Segment& s) {
+  return static_cast<const T*>(base) + s.row * stride + s.column;
+}
+
+template <class T>
+T* at_output(void* base, const ActivationPass& p, const Segment& s) {
+  return static_cast<T*>(base) + s.row * p.width + s.column;
+}
+
+template <class T>
+void act_typed(const ActivationPass& p, int64_t begin, int64_t end) {
+  const Chunks chunk = kChunks[int(p.activation)];
+  alignas(64) float x_buffer[kColumns], y[kColumns];
+  for_segments(p, begin, end, kNothing, [&](const Segment& s) {
+    const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
+    chunk.value(p.params, x, y, s.count);
+    write(at_output<T>(p.out, p, s), y, s.count, p.stream);
+  }, kNothing, kNothing);
+}
+
+template <class T>
+void act_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
+  const Chunks chunk = kChunks[int(p.activation)];
+  alignas(64) float x_buffer[kColumns], dy_buffer[kColumns], dx[kColumns];
+  BiasSum bias;
+  for_segments(
+      p, begin, end, [&] { if (p.dbias) bias.clear(); },
+      [&](const Segment& s) {
+        const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
+        const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
+        chunk.slope(p.params, dy, x, dx, s.count);
+        write(at_output<T>(p.out, p, s), dx, s.count, p.stream);
+        if (p.dbias) bias.add(dx, s.count);
+      },
+      [&] { if (p.dbias) bias.flush(); },
+      [&](const Segment& s) {
+        if (p.dbias) write(p.dbias + s.block * p.width + s.column, bias.total, s.count, false);
+      });
+}
+
+template <class T>
+void gate_typed(const ActivationPass& p, int64_t begin, int64_t end) {
+  const Chunks chunk = kChunks[int(p.activation)];
+  alignas(64) float x_buffer[kColumns], up_buffer[kColumns], y[kColumns];
+  for_segments(p, begin, end, kNothing, [&](const Segment& s) {
+    const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
+    const float* up = read(at<T>(p.up, p.up_stride, s), up_buffer, s.count);
+    chunk.value(p.params, x, y, s.count);
+    multiply(y, up, y, s.count);
+    write(at_output<T>(p.out, p, s), y, s.count, p.stream);
+  }, kNothing, kNothing);
+}
+
+template <class T>
+void gate_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
+  const Chunks chunk = kChunks[int(p.activation)];
+  alignas(64) float x_buffer[kColumns], up_buffer[kColumns], dy_buffer[kColumns], y[kColumns], dx[kColumns];
+  BiasSum bias, bias_up;
+  for_segments(
+      p, begin, end,
+      [&] {
+        if (p.dbias) bias.clear();
+        if (p.dbias_up) bias_up.clear();
+      },
+      [&](const Segment& s) {
+        const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
+        const float* up = read(at<T>(p.up, p.up_stride, s), up_buffer, s.count);
+        const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
+        chunk.value(p.params, x, y, s.count);
+        multiply(dy, up, dx, s.count);
+        chunk.slope(p.params, dx, chunk.from_output ? y : x, dx, s.count);
+        multiply(dy, y, y, s.count);
+        write(at_output<T>(p.out, p, s), dx, s.count, p.stream);
+        write(at_output<T>(p.out_up, p, s), y, s.count, p.stream);
+        if (p.dbias) bias.add(dx, s.count);
+        if (p.dbias_up) bias_up.add(y, s.count);
+      },
+      [&] {
+        if (p.dbias) bias.flush();
+        if (p.dbias_up) bias_up.flush();
+      },
+      [&](const Segment& s) {
+        const int64_t offset = s.block * p.width + s.column;
+        if (p.dbias) write(p.dbias + offset, bias.total, s.count, false);
+        if (p.dbias_up) write(p.dbias_up + offset, bias_up.total, s.count, false);
+      });
+}
+
+// The first largest piece, or the first NaN.
+template <class T>
+void maxout_typed(const MaxoutPass& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    T* y = static_cast<T*>(p.y) + row * p.width;
+    int64_t* index = p.index + row * p.width;
+    for (int64_t j = 0; j < p.width; ++j, x += p.num_pieces) {
+      float best = to_float(x[0]);
+      int64_t best_piece = 0;
+      for (int64_t piece = 1; piece < p.num_pieces; ++piece) {
+        const float candidate = to_float(x[piece]);
+        const bool better = candidate > best || (candidate != candidate && best == best);
+        best = better ? candidate : best;
+        best_piece = better ? piece : best_piece;
+      }
+      y[j] = x[best_piece];
+      index[j] = best_piece;
+    }
+  }
+}
+
+#define DLOPS_BY_DTYPE(function, Params)                                             \
+  void function(const Params& p, int64_t begin, int64_t end) {                       \
+    switch (p.dtype) {                                                               \
+      case Dtype::kFloat32: return function##_typed<float>(p, begin, end);           \
+      case Dtype::kBFloat16: return function##_typed<bfloat16>(p, begin, end);       \
+      case Dtype::kFloat16: return function##_typed<float16>(p, begin, end);         \
+    }                                                                                \
+  }
+DLOPS_BY_DTYPE(act, ActivationPass)
+DLOPS_BY_DTYPE(act_backward, ActivationPass)
+DLOPS_BY_DTYPE(gate, ActivationPass)
+DLOPS_BY_DTYPE(gate_backward, ActivationPass)
+DLOPS_BY_DTYPE(maxout, MaxoutPass)
+#undef DLOPS_BY_DTYPE
+
+}  // namespace
+
+const ActivationKernels activation_kernels = {act, act_backward, gate, gate_backward, maxout};
+
+}  // namespace DLOPS_ISA
+}  // namespace dlops

@@ -1,0 +1,289 @@
+"""Which Linear -> activation pairs of a model may be fused, proved by tracing what calls them with torch.fx.
+
+A pair is proven when every call of the activation takes the output of such a linear, the linear is called once by one
+module and nothing else takes its output. The calls are read off the traced forward of the modules that hold the two, in
+training and evaluation and with optional arguments given and left out. No other module above them may reach past
+that forward: its code does not name them, or its own trace does not call them.
+"""
+
+import contextlib
+import copy
+import dis
+import inspect
+import itertools
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import CodeType
+
+import torch
+from torch import fx
+from torch.nn import Module
+
+_ACTIVATIONS = {
+    "torch.nn.modules.activation": {
+        "ELU": "elu",
+        "GELU": "gelu",
+        "Hardswish": "hardswish",
+        "LeakyReLU": "leaky_relu",
+        "Mish": "mish",
+        "ReLU": "relu",
+        "SiLU": "silu",
+        "Sigmoid": "sigmoid",
+        "Softplus": "softplus",
+        "Tanh": "tanh",
+    },
+    "transformers.activations": {
+        "AccurateGELUActivation": "gelu_tanh",
+        "FastGELUActivation": "gelu_tanh",
+        "GELUActivation": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "MishActivation": "mish",
+        "NewGELUActivation": "gelu_tanh",
+        "PytorchGELUTanh": "gelu_tanh",
+        "ReLUSquaredActivation": "relu2",
+        "SiLUActivation": "silu",
+    },
+    "timm.layers.activations": {
+        "GELU": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "HardSwish": "hardswish",
+        "Mish": "mish",
+        "Sigmoid": "sigmoid",
+        "Swish": "silu",
+        "Tanh": "tanh",
+    },
+}
+_PARAMETERS = {"elu": ("alpha",), "leaky_relu": ("negative_slope",), "softplus": ("beta", "threshold")}
+_HARMLESS = (object, Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+_NAMES = {name for names in _ACTIVATIONS.values() for name in names.values()}
+
+
+def activation_of(module: Module) -> tuple[str, dict[str, float]] | None:
+    """The name and parameters ``functional.linear_act`` knows this activation module by; None for any other module."""
+    name = _ACTIVATIONS.get(type(module).__module__, {}).get(type(module).__qualname__)
+    if name == "gelu" and getattr(module, "approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    return (name, {p: float(getattr(module, p)) for p in _PARAMETERS.get(name, ())}) if name else None
+
+
+class Unproven(Exception):
+    """Why a pair is left alone."""
+
+
+class Prover:
+    """Proves pairs in one model.
+
+    Args:
+        model: the model; only read.
+        is_linear: which modules may be a pair's linear.
+        obstacle: why a module must not be fused whatever calls it (hooks, an overridden forward), or None.
+    """
+
+    def __init__(
+        self, model: Module, is_linear: Callable[[Module], bool], obstacle: Callable[[Module], str | None]
+    ) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.is_linear, self.obstacle = is_linear, obstacle
+        self._holders: dict[Module, list[tuple[Module, str]]] = {module: [] for module in self.names}
+        for holder in self.names:
+            for name, child in holder._modules.items():
+                if child is not None:
+                    self._holders[child].append((holder, name))
+        self._traced: dict[Module, list[fx.Graph] | Unproven] = {}
+        self._loaded: dict[type, tuple[Counter[str], set[str]]] = {}
+        self._linear_callers = {c: None for m in self.names if is_linear(m) for c in self._callers(m)}
+
+    def candidates(self) -> Iterator[Module]:
+        """The activation modules that share a caller with a linear."""
+        for module in self.names:
+            if activation_of(module) and any(caller in self._linear_callers for caller in self._callers(module)):
+                yield module
+
+    def prove(self, activation: Module) -> list[Module]:
+        """The linears whose outputs are all that ``activation`` is ever applied to; raises :class:`Unproven`."""
+        calls = [(caller, *call) for caller in self._callers(activation) for call in self._calls(caller, activation)]
+        linears = list(dict.fromkeys(self._producer(caller, node) for caller, _, node in calls))
+        for module in (activation, *linears) if linears else ():
+            self._no_other_way(module)
+        for linear in linears:
+            name, callers = self.names[linear], self._callers(linear)
+            if len(callers) > 1:
+                raise Unproven(f"{name} is called by {len(callers)} modules")
+            uses = self._calls(callers[0], linear)
+            if len({graph for graph, _ in uses}) < len(uses):
+                raise Unproven(f"{name} is called more than once")
+            for _, node in uses:
+                others = [u for u in node.users if _called(callers[0], u) is not activation]
+                if others:
+                    raise Unproven(f"the linear's output is also used by {_describe(callers[0], others[0])}")
+        return linears
+
+    def functions(self) -> Iterator[tuple[Module, str]]:
+        """Linears whose output goes to an activation function: (linear, the function's name)."""
+        for caller in self._linear_callers:
+            graph = None
+            with contextlib.suppress(Exception):
+                graph = next(_trace(caller))
+            for node in graph.nodes if graph else ():
+                name = getattr(node.target, "__name__", node.target)
+                if node.op in ("call_function", "call_method") and name in _NAMES and node.args:
+                    linear = _called(caller, node.args[0])
+                    if linear is not None and self.is_linear(linear):
+                        yield linear, name
+
+    def _producer(self, caller: Module, node: fx.Node) -> Module:
+        if len(node.args) != 1 or node.kwargs:
+            raise Unproven("the activation is not called with exactly one argument")
+        linear = _called(caller, node.args[0])
+        if linear is None or not self.is_linear(linear):
+            raise Unproven(f"the activation's input comes from {_describe(caller, node.args[0])}, not from a Linear")
+        return linear
+
+    def _callers(self, module: Module) -> list[Module]:
+        """The nearest modules above with a forward of their own (a ModuleList has none)."""
+        nearest = [[h] if _has_forward(h) else self._callers(h) for h, _ in self._holders[module]]
+        return list(dict.fromkeys(itertools.chain.from_iterable(nearest)))
+
+    def _above(self, module: Module) -> dict[Module, None]:
+        """All modules that contain this one, nearest first."""
+        found = dict.fromkeys(holder for holder, _ in self._holders[module])
+        for holder in tuple(found):
+            found.update(self._above(holder))
+        return found
+
+    def _graphs(self, caller: Module) -> list[fx.Graph]:
+        if caller not in self._traced:
+            try:
+                self._traced[caller] = list(_trace(caller))
+            except Exception as error:  # noqa: BLE001, a forward may raise anything
+                message = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+                self._traced[caller] = Unproven(f"{type(caller).__name__}.forward cannot be traced: {message}")
+        traced = self._traced[caller]
+        if isinstance(traced, Unproven):
+            raise traced
+        return traced
+
+    def _calls(self, caller: Module, module: Module) -> list[tuple[fx.Graph, fx.Node]]:
+        return [(g, node) for g in self._graphs(caller) for node in g.nodes if _called(caller, node) is module]
+
+    def _no_other_way(self, module: Module) -> None:
+        """Raise :class:`Unproven` unless the module's callers are the only code of the model that calls it."""
+        reason = self.obstacle(module)
+        if reason:
+            raise Unproven(f"{self.names[module]}: {reason}")
+        direct, through = self._handles(module)
+        callers = self._callers(module)
+        for above in self._above(module):
+            loads, escapes = self._loads(type(above))
+            if above in callers:
+                if any(loads[name] > 1 for name in direct):
+                    raise Unproven(f"several methods of {type(above).__name__} use {self.names[module]}")
+                continue
+            named = "forward" in vars(above) or any(loads[name] for name in direct) or through & escapes
+            if named and _has_forward(above) and self._calls(above, module):
+                raise Unproven(f"{type(above).__name__}.forward calls {self.names[module]} itself")
+
+    def _handles(self, module: Module) -> tuple[set[str], set[str]]:
+        """The attribute names that reach a module directly, and those of containers it can be indexed out of."""
+        direct = {name for _, name in self._holders[module] if not name.isdigit()}
+        through: set[str] = set()
+        for holder, _ in self._holders[module]:
+            if hasattr(type(holder), "__getitem__"):
+                through = through.union(*self._handles(holder))
+        return direct, through
+
+    def _loads(self, cls: type) -> tuple[Counter[str], set[str]]:
+        """How many of a class's functions load each attribute, and the attributes they do not merely call."""
+        if cls not in self._loaded:
+            functions: dict[str, object] = {}
+            for base in reversed(cls.__mro__):
+                if base not in _HARMLESS:
+                    functions.update(vars(base))
+            functions.pop("__init__", None)
+            count, escapes = Counter[str](), set[str]()
+            for function in functions.values():
+                function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+                code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+                loads = set(_attribute_loads(code)) if code else set()
+                count.update({name for name, _ in loads})
+                escapes.update(name for name, is_call in loads if not is_call)
+            self._loaded[cls] = count, escapes
+        return self._loaded[cls]
+
+
+class _Tracer(fx.Tracer):
+    """Records what one forward calls; every submodule is a leaf."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _trace(module: Module) -> Iterator[fx.Graph]:
+    """Trace a copy of a module (its tensors shared) in every mode and with its optional arguments given or not."""
+    if "forward" in vars(module):
+        raise ValueError("it is overridden on the instance")
+    given = object()
+    choices: dict[str, tuple[object, ...]] = {}
+    for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
+        if parameter.default is None or isinstance(parameter.default, bool):
+            choices[parameter.name] = (None, given) if parameter.default is None else (False, True)
+    if len(choices) > 4:
+        raise ValueError(f"its {len(choices)} optional arguments make too many cases")
+    attributes = (value for m in module.modules() for value in vars(m).values())
+    tensors = [*module.parameters(), *module.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor))]
+    for training, *values in itertools.product((False, True), *choices.values()):
+        twin = copy.deepcopy(module, {id(t): t for t in tensors})
+        for submodule in twin.modules():
+            submodule.training = bool(training)
+        arguments = {name: value for name, value in zip(choices, values, strict=True) if value is not given}
+        state, torch_state = random.getstate(), torch.get_rng_state()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = _Tracer().trace(twin, arguments or None)
+            if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
+                raise ValueError("what it does depends on random numbers")
+        finally:
+            random.setstate(state)
+            torch.set_rng_state(torch_state)
+        yield graph
+
+
+def _has_forward(module: Module) -> bool:
+    return type(module).forward is not Module.forward or "forward" in vars(module)
+
+
+def _called(caller: Module, node: object) -> Module | None:
+    """The module that a node of ``caller``'s graph calls."""
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return caller.get_submodule(str(node.target))
+    return None
+
+
+def _describe(caller: Module, node: object) -> str:
+    module = _called(caller, node)
+    if module is not None or not isinstance(node, fx.Node):
+        return type(module or node).__name__
+    return {"placeholder": "an argument", "output": "the result"}.get(node.op, f"{node.target!s}".split()[-1])
+
+
+def _attribute_loads(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is called at once) of each attribute that code loads, ``self.fc`` in ``self.fc.weight`` aside."""
+    instructions = list(dis.get_instructions(code))
+    for this, following in itertools.pairwise(instructions):
+        is_load = this.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        if is_load and (_is_method(this) or following.opname != "LOAD_ATTR" or _is_method(following)):
+            yield this.argval, _is_method(this)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _attribute_loads(constant)
+        elif isinstance(constant, str):
+            yield from ((part, False) for part in constant.split("."))
+
+
+def _is_method(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "LOAD_METHOD" or "NULL" in instruction.argrepr

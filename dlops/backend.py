@@ -1,0 +1,231 @@
+"""Which implementations exist, which one runs, and why. The only file that reads the environment."""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+log = logging.getLogger("dlops")
+
+BACKENDS = ("torch", "vendor", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default")
+    return name
+
+
+_forced: ContextVar[str | None] = ContextVar("dlops_backend", default=_checked(os.environ.get("DLOPS_BACKEND") or None))
+forced = _forced.get
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every dlops op inside the block on one backend; ``None`` restores the measured choice.
+
+    Args:
+        name: ``"torch"``, ``"vendor"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``None``.
+
+    The backward of what ran inside keeps the same backend, wherever it is called. An op that the backend cannot
+    run raises ``RuntimeError`` with the reason; nothing falls back silently.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+# ---- what is there -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _missing_cpu() -> str | None:
+    try:
+        importlib.import_module("dlops._C")
+    except ImportError as error:
+        return f"the extension dlops._C is not built ({error}); install dlops where a C++ compiler is on PATH"
+    return None
+
+
+def _missing_triton() -> str | None:
+    try:
+        interpreted = triton_interpreted()
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    if not interpreted and not torch.cuda.is_available():
+        return "no GPU, and Triton's interpreter is off; set TRITON_INTERPRET=1 to run its kernels on CPU tensors"
+    return None
+
+
+def _missing_cuda() -> str | None:
+    try:
+        importlib.import_module("dlops._cuda")
+    except ImportError as error:
+        return f"the extension dlops._cuda is not built ({error}); install dlops with nvcc and a CUDA build of torch"
+    return None if torch.cuda.is_available() else "no CUDA GPU is available to torch"
+
+
+_MISSING: dict[str, Callable[[], str | None]] = {"cpu": _missing_cpu, "triton": _missing_triton, "cuda": _missing_cuda}
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """Why a backend is not available in this process, or ``None`` if it is."""
+    probe = _MISSING.get(name)
+    return probe() if probe else None
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, with ``None`` if it is available here, else why not and how to get it."""
+    return {name: missing(name) for name in BACKENDS}
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """The CPU's vendor string (``"AuthenticAMD"``, ``"GenuineIntel"``, ...), or ``""`` if unknown."""
+    if missing("cpu") is not None:
+        return ""
+    return importlib.import_module("dlops._C").cpu_features()["vendor"]
+
+
+# ---- which one runs ------------------------------------------------------------------------------------------------
+
+
+class Dispatchable(Protocol):
+    name: str
+    family: str
+    implementations: dict[str, "Implementation"]
+    rule: Callable[..., Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op: how to load it, and what it refuses."""
+
+    load: Callable[[], Callable[..., Any]]
+    refuses: Callable[..., str | None]
+
+
+@dataclass
+class Decision:
+    """Which backend one op call ran on, and why the others did not."""
+
+    op: str
+    backend: str
+    reason: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.reason})"]
+        return "\n".join(lines + [f"    {name}: {why}" for name, why in self.refused.items()])
+
+
+_recorded: ContextVar[list[Decision] | None] = ContextVar("dlops_decisions", default=None)
+
+
+def select(op: Dispatchable, args: Sequence[Any]) -> Callable[..., Any]:
+    """The implementation of ``op`` that runs for ``args``: the forced backend, else the first that its rule names and
+    that does not refuse them."""
+    name = _forced.get()
+    if name is not None:
+        reason = refusal(op, name, args)
+        if reason is not None:
+            raise RuntimeError(f"dlops.{op.name}: backend {name!r} was forced but cannot run this call: {reason}")
+        if _recorded.get() is not None:
+            _record(Decision(op.name, name, "forced by use_backend or DLOPS_BACKEND"))
+        return _loaded(op, name)
+    refused: dict[str, str] | None = None
+    for name in op.rule(*args):
+        reason = refusal(op, name, args)
+        if reason is None:
+            break
+        refused = {**(refused or {}), name: reason}
+        _log_once(op.name, name, reason)
+    else:
+        name = "torch"
+    if _recorded.get() is not None:
+        _record(Decision(op.name, name, _why(args), refused or {}))
+    return _loaded(op, name)
+
+
+def refusal(op: Dispatchable, name: str, args: Sequence[Any]) -> str | None:
+    """Why backend ``name`` cannot compute ``op`` on ``args``, or ``None`` if it can."""
+    implementation = op.implementations.get(name)
+    if implementation is None:
+        return f"{op.name} has no {name} implementation"
+    return missing(name) or implementation.refuses(*args)
+
+
+@functools.cache
+def _loaded(op: Dispatchable, name: str) -> Callable[..., Any]:
+    return op.implementations[name].load()
+
+
+@functools.cache
+def _log_once(op: str, name: str, reason: str) -> None:
+    log.info("%s does not run on %s: %s", op, name, reason)
+
+
+def _why(args: Sequence[Any]) -> str:
+    devices = {a.device.type for a in args if isinstance(a, torch.Tensor)}
+    if devices == {"cpu"}:
+        return "first choice of the op's rule that accepts these arguments"
+    return "first choice that accepts these arguments; unmeasured here"
+
+
+def _record(decision: Decision) -> None:
+    decisions = _recorded.get()
+    if decisions is not None:
+        decisions.append(decision)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every op call that one function call dispatched, in order."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def backend(self) -> str:
+        """The backend of the last op call; ``"torch"`` where torch's own eager function was called instead."""
+        return self.decisions[-1].backend if self.decisions else "torch"
+
+    def __str__(self) -> str:
+        if not self.decisions:
+            return "torch: torch's own eager function ran; it is the faster one here, or the only one that accepts this"
+        return "\n".join(map(str, self.decisions))
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Call ``function`` (an op, a ``dlops.functional`` function, a model) and say which backend every op ran on, and
+    why the others did not.
+
+    Returns:
+        An :class:`Explanation`: print it, or read ``.backend`` and ``.decisions``.
+    """
+    token = _recorded.set([])
+    try:
+        function(*args, **kwargs)
+        return Explanation(tuple(_recorded.get() or ()))
+    finally:
+        _recorded.reset(token)

@@ -1,0 +1,284 @@
+"""torch.nn.functional's names and signatures, and the fused functions beside them.
+
+A function that torch has takes the same arguments, raises the same errors and gives the same result: what the kernels
+do not serve (other dtypes, mixed dtypes, arguments that torch rejects) goes to torch's own function. So do small
+inputs, where torch's eager function is faster than any op call.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu, sigmoid, silu, softplus, tanh
+
+from dlops import backend
+from dlops.ops._linear_backends import onednn_wins, slow_half
+from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
+from dlops.ops.linear import gated_linear as gated_op
+from dlops.ops.linear import linear_act as linear_op
+from dlops.ops.linear import maxout_linear as maxout_op
+from dlops.ops.norm import add_layer_norm as add_layer_norm_op
+from dlops.ops.norm import add_rms_norm as add_rms_norm_op
+from dlops.ops.norm import layer_norm as layer_norm_op
+from dlops.ops.norm import rms_norm as rms_norm_op
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "elu",
+    "gated_linear",
+    "gelu",
+    "hardswish",
+    "layer_norm",
+    "leaky_relu",
+    "linear",
+    "linear_act",
+    "maxout_linear",
+    "mish",
+    "relu",
+    "rms_norm",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
+]
+
+_FLOATS = frozenset(backend.KERNEL_DTYPES)
+# Below this much work (elements; products) torch's own functions beat an op call on a CPU: bench rows small/*.
+_SMALL_NORM = 32768
+_SMALL_LINEAR = 1 << 21
+
+
+def _plain(x: Tensor, work: int, least: int) -> bool:
+    """Whether eager torch serves a fused function: nothing is forced, and there is little work or no kernel."""
+    if backend.forced() is not None:
+        return False
+    return x.dtype not in _FLOATS or (not torch.compiler.is_compiling() and work < least)
+
+
+def _keeps(activation: str, *tensors: Tensor | None) -> bool:
+    """Whether the backward will need the pre-activation."""
+    if activation in FROM_OUTPUT or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- linear --------------------------------------------------------------------------------------------------------
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`torch.nn.functional.linear`: input (..., in_features), weight (out_features, in_features)."""
+    if backend.forced() is None:
+        dtype = input.dtype
+        if input.device.type != "cpu" or not (onednn_wins(dtype) or slow_half(dtype)):
+            return F.linear(input, weight, bias)
+        if weight.dim() != 2 or input.numel() * weight.shape[0] < _SMALL_LINEAR or not _alike(input, weight, bias):
+            return F.linear(input, weight, bias)
+    return linear_op(input, weight, bias, "none", [], False)[0]
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
+
+
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu", **params: float
+) -> Tensor:
+    """activation(x weight^T + bias) in one pass.
+
+    Args:
+        x: (..., in_features), float32, bfloat16, float16 or float64.
+        weight: (out_features, in_features), x's dtype and device.
+        bias: (out_features,) or None.
+        activation: ``none``, ``step`` (1 where >= 0, else 0), ``sign``, ``relu``, ``leaky_relu``, ``elu``,
+            ``sigmoid``, ``tanh``, ``gelu`` (erf), ``gelu_tanh``, ``silu``, ``relu2`` (relu squared), ``hardswish``,
+            ``mish`` or ``softplus``.
+        params: the activation's, by torch's names: ``negative_slope`` (leaky_relu), ``alpha`` (elu), ``beta`` and
+            ``threshold`` (softplus).
+
+    Returns:
+        (..., out_features), x's dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+        ValueError: an unknown activation.
+        TypeError: a parameter that the activation does not take.
+    """
+    values = activation_params("linear_act", activation, params)
+    keep = _keeps(activation, x, weight, bias)
+    if _plain(x, x.numel() * weight.shape[0] if weight.dim() else 0, _SMALL_LINEAR):
+        linear_op.check(x, weight, bias, activation, values, keep)
+        return activate(F.linear(x, weight, bias), activation, values)
+    return linear_op(x, weight, bias, activation, values, keep)[0]
+
+
+def gated_linear(
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    bias_gate: Tensor | None = None,
+    bias_up: Tensor | None = None,
+    activation: str = "silu",
+    **params: float,
+) -> Tensor:
+    """activation(x weight_gate^T + bias_gate) * (x weight_up^T + bias_up): SwiGLU (``silu``), GeGLU (``gelu``), ReGLU
+    (``relu``), GLU (``sigmoid``), bilinear (``none``). Shazeer, "GLU Variants Improve Transformer", 2020.
+
+    Args:
+        x: (..., in_features), float32, bfloat16, float16 or float64.
+        weight_gate, weight_up: (out_features, in_features), x's dtype and device.
+        bias_gate, bias_up: (out_features,) or None.
+        activation, params: as in :func:`linear_act`.
+
+    Returns:
+        (..., out_features), x's dtype.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as :func:`linear_act`.
+    """
+    values = activation_params("gated_linear", activation, params)
+    # The gate's own derivative may need only its output, but the product's needs both factors.
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight_gate, weight_up, bias_gate, bias_up)
+    )
+    args = (x, weight_gate, weight_up, bias_gate, bias_up, activation, values, keep)
+    if _plain(x, x.numel() * weight_gate.shape[0] if weight_gate.dim() else 0, _SMALL_LINEAR):
+        gated_op.check(*args)
+        return activate(F.linear(x, weight_gate, bias_gate), activation, values) * F.linear(x, weight_up, bias_up)
+    return gated_op(*args)[0]
+
+
+def maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, num_pieces: int = 2) -> Tensor:
+    """The largest of ``num_pieces`` affine functions of x per output. Goodfellow et al., "Maxout Networks", 2013.
+
+    Args:
+        x: (..., in_features), float32, bfloat16, float16 or float64.
+        weight: (out_features * num_pieces, in_features): the pieces of one output are adjacent rows.
+        bias: (out_features * num_pieces,) or None.
+
+    Returns:
+        (..., out_features), x's dtype. Among equal pieces the gradient flows to the first, as in ``torch.max``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+        ValueError: ``num_pieces`` does not divide weight's rows.
+    """
+    return maxout_op(x, weight, bias, num_pieces)[0]
+
+
+# ---- norms ---------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """:func:`torch.nn.functional.rms_norm`: input (..., *normalized_shape), weight normalized_shape or None; eps None
+    is the epsilon of the dtype that the norm is computed in."""
+    dims = _norm_dims(input, normalized_shape, (weight,), eps)
+    if dims == 0:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    y = rms_norm_op(_flat(input, dims), _flat(weight, dims), _eps(input, eps))[0]
+    return y if dims == 1 else y.view(input.shape)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-05,
+) -> Tensor:
+    """:func:`torch.nn.functional.layer_norm`: input (..., *normalized_shape), weight and bias normalized_shape."""
+    dims = _norm_dims(input, normalized_shape, (weight, bias), eps)
+    if dims == 0 or (_plain(input, input.numel(), _SMALL_NORM)):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    y = layer_norm_op(_flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps)[0]
+    return y if dims == 1 else y.view(input.shape)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual add and the :func:`rms_norm` after it in one pass.
+
+    Args:
+        input, residual: (..., *normalized_shape), one floating-point dtype and device.
+        weight: normalized_shape or None.
+        eps: None is the epsilon of the dtype that the norm is computed in.
+
+    Returns:
+        ``(normed, sum)``: rms_norm(input + residual) and input + residual, both shaped like input.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+        ValueError: a negative eps.
+    """
+    dims = _checked_dims("add_rms_norm", input, normalized_shape, weight)
+    y, total, _ = add_rms_norm_op(
+        _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps)
+    )
+    return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-05,
+) -> tuple[Tensor, Tensor]:
+    """The residual add and the :func:`layer_norm` after it in one pass; arguments and errors as :func:`add_rms_norm`.
+
+    Returns:
+        ``(normed, sum)``: layer_norm(input + residual) and input + residual, both shaped like input.
+    """
+    dims = _checked_dims("add_layer_norm", input, normalized_shape, weight, bias)
+    y, total, *_ = add_layer_norm_op(
+        _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _flat(bias, dims), eps
+    )
+    return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
+
+
+def _norm_dims(
+    x: Tensor, normalized_shape: Sequence[int], parameters: Sequence[Tensor | None], eps: float | None
+) -> int:
+    """How many trailing dimensions the op normalises; 0 where torch's own function serves, or rejects, the call."""
+    dims = len(normalized_shape)
+    if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != tuple(normalized_shape):
+        return 0
+    if any(p is not None and p.shape != x.shape[-dims:] for p in parameters):
+        return 0
+    if backend.forced() is not None:
+        return dims
+    # A GPU's norms are unmeasured: torch's fused ones run there.
+    if x.device.type != "cpu" or x.dtype not in _FLOATS or not _alike(x, *parameters):
+        return 0
+    return dims if eps is None or eps >= 0 else 0
+
+
+def _checked_dims(name: str, x: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> int:
+    dims = len(normalized_shape)
+    shape = tuple(normalized_shape)
+    if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != shape:
+        raise RuntimeError(f"{name}: input has shape {tuple(x.shape)}, accepted is (..., *normalized_shape) with {shape}")
+    for parameter in parameters:
+        if parameter is not None and tuple(parameter.shape) != shape:
+            raise RuntimeError(
+                f"{name}: weight or bias has shape {tuple(parameter.shape)}, accepted is normalized_shape, {shape}"
+            )
+    return dims
+
+
+def _flat(x: Tensor | None, dims: int) -> Any:
+    return x if x is None or dims == 1 else x.flatten(-dims)
+
+
+def _eps(x: Tensor, eps: float | None) -> float:
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps

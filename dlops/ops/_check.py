@@ -1,0 +1,35 @@
+"""Argument checks shared by the ops: the exceptions name the argument, what came and what is accepted."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def check_tensors(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every tensor is floating point and shares ``x``'s dtype and device; ``x`` has at least one dimension."""
+    dtype, device = x.dtype, x.device
+    if dtype not in FLOATING:
+        raise RuntimeError(f"{op}: x has dtype {dtype}, accepted are float32, bfloat16, float16 and float64")
+    if x.dim() == 0:
+        raise RuntimeError(f"{op}: x is 0-dimensional, accepted is a tensor of at least one dimension")
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != dtype:
+            raise RuntimeError(f"{op}: {name} has dtype {other.dtype}, accepted is x's, {dtype}")
+        if other.device != device:
+            raise RuntimeError(f"{op}: {name} is on {other.device}, accepted is x's device, {device}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, accepted: Sequence[int | torch.SymInt]) -> None:
+    """``tensor``, if given, has exactly the shape ``accepted``."""
+    if tensor is not None and tensor.shape != torch.Size(accepted):  # type: ignore[arg-type]
+        raise RuntimeError(f"{op}: {name} has shape {tuple(tensor.shape)}, accepted is {tuple(accepted)}")
+
+
+def check_eps(op: str, eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps is {eps}, accepted are numbers >= 0")

@@ -1,0 +1,264 @@
+"""How the linear family runs on libraries and on the C++ passes around them: backends ``vendor`` and ``cpu``.
+
+``vendor`` is one library call where the library fuses (oneDNN on a CPU, cuBLASLt's epilogue on a GPU). ``cpu`` is the
+fastest library product, in float32 where the CPU multiplies halves slowly, and one C++ pass for everything around it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlops import backend
+from dlops._op import Op, as_rows
+from dlops.ops.activation import activate, activate_backward
+
+# oneDNN's names for the activations that its inner product fuses, and their parameters after torch's.
+_ONEDNN = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "leaky_relu": ("leaky_relu", None, ""),
+    "sigmoid": ("sigmoid", [], ""),
+    "tanh": ("tanh", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+}
+_CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
+
+
+@functools.cache
+def onednn_wins(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products beat torch's own (MKL): on AMD CPUs with AVX-512, which MKL does not use there."""
+    if dtype != torch.float32 or backend.cpu_vendor() != "AuthenticAMD" or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@functools.cache
+def slow_half(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies ``dtype`` slower than float32 (without AVX-512 torch does it element by element)."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+# ---- cpu -----------------------------------------------------------------------------------------------------------
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias by the fastest library here; halves may come back as float32, not yet rounded."""
+    if slow_half(x.dtype):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if onednn_wins(x.dtype) and x.numel() and weight.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _cpu_linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], save: bool
+) -> tuple[Tensor, Tensor]:
+    pre = product(x, weight, bias)
+    y = pre if activation == "none" and not save else torch.ops.dlops_cpu.act(pre, activation, params)
+    return y.to(x.dtype), pre.to(x.dtype) if save else x.new_empty(0)
+
+
+def _cpu_linear_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    params: list[float],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpre, dbias = torch.ops.dlops_cpu.act_backward(dy, saved, activation, params, output_mask[2])
+    return *_gradient_products(dpre, x, weight, output_mask), dbias
+
+
+def _cpu_gated_linear(
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
+    activation: str,
+    params: list[float],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = product(x, weight_gate, bias_gate), product(x, weight_up, bias_up)
+    y = torch.ops.dlops_cpu.gate(gate, up, activation, params).to(x.dtype)
+    return y, gate.to(x.dtype) if save else x.new_empty(0), up.to(x.dtype) if save else x.new_empty(0)
+
+
+def _cpu_gated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    params: list[float],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dgate, dup, dbias_gate, dbias_up = torch.ops.dlops_cpu.gate_backward(
+        dy, gate, up, activation, params, output_mask[3] or output_mask[4]
+    )
+    dx_gate, dweight_gate = _gradient_products(dgate, x, weight_gate, output_mask)
+    dx_up, dweight_up = _gradient_products(dup, x, weight_up, [output_mask[0], output_mask[2]])
+    return (
+        dx_gate + dx_up,
+        dweight_gate,
+        dweight_up,
+        dbias_gate if output_mask[3] else x.new_empty(0),
+        dbias_up if output_mask[4] else x.new_empty(0),
+    )
+
+
+def _cpu_maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_pieces: int) -> tuple[Tensor, Tensor]:
+    y, index = torch.ops.dlops_cpu.maxout(product(x, weight, bias), num_pieces)
+    return y.to(x.dtype), index
+
+
+def _cpu_maxout_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, index: Tensor, num_pieces: int, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpre = dy.new_zeros((*dy.shape, num_pieces)).scatter_(-1, index[..., None], dy[..., None]).flatten(-2)
+    _, dbias = torch.ops.dlops_cpu.act_backward(dpre, dpre, "none", [], output_mask[2])
+    return *_gradient_products(dpre, x, weight, output_mask), dbias
+
+
+def _gradient_products(dpre: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
+    dx = dweight = x.new_empty(0)
+    if output_mask[0]:
+        dx = product(dpre, weight.t(), None).to(x.dtype)
+    if output_mask[1]:
+        dweight = product(as_rows(dpre).t(), as_rows(x).t(), None).to(x.dtype).contiguous()
+    return dx, dweight
+
+
+# ---- vendor --------------------------------------------------------------------------------------------------------
+
+
+def _vendor_linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], save: bool
+) -> tuple[Tensor, Tensor]:
+    if activation == "none" or save:
+        pre = F.linear(x, weight, bias) if x.is_cuda else _onednn(x, weight, bias, "none", [])
+        return (activate(pre, activation, params) if save else pre), pre if save else x.new_empty(0)
+    if x.is_cuda:
+        y = torch._addmm_activation(bias, as_rows(x), weight.t(), use_gelu=_CUBLASLT[activation])  # type: ignore[arg-type]
+        return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+    return _onednn(x, weight, bias, activation, params), x.new_empty(0)
+
+
+def _vendor_linear_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    params: list[float],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpre = activate_backward(dy, saved, activation, params)
+    rows = as_rows(dpre)
+    dx = dweight = dbias = x.new_empty(0)
+    if output_mask[0]:
+        dx = _onednn(dpre, weight.t(), None, "none", [])
+    if output_mask[1]:
+        dweight = _onednn(rows.t(), as_rows(x).t(), None, "none", [])
+    if output_mask[2]:
+        dbias = rows.sum(0)
+    return dx, dweight, dbias
+
+
+def _vendor_gated_linear(
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
+    activation: str,
+    params: list[float],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    act = _onednn(x, weight_gate, bias_gate, activation, params)
+    y = torch.ops.mkldnn._linear_pointwise.binary(x, act, weight_up, bias_up, "mul")
+    return y, x.new_empty(0), x.new_empty(0)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float]) -> Tensor:
+    attr, scalars, algorithm = _ONEDNN[activation]
+    scalars = params if scalars is None else scalars
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, scalars, algorithm).contiguous()
+
+
+def _refuses_onednn(x: Tensor, weight: Tensor, activation: str) -> str | None:
+    if x.device.type != "cpu":
+        return "its calls exist for CPU and CUDA tensors only"
+    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return f"oneDNN's fused linear is used for float32 only, got {x.dtype}"
+    if activation not in _ONEDNN:
+        return f"oneDNN's fused linear has no {activation}"
+    return None if x.numel() and weight.numel() else "oneDNN's fused linear takes no empty tensors"
+
+
+def _refuses_vendor_linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], save: bool
+) -> str | None:
+    if x.is_cuda:
+        if activation == "none":
+            return None
+        if activation not in _CUBLASLT or save or bias is None:
+            return "cuBLASLt's epilogue is bias and relu or gelu_tanh, without the pre-activation"
+        return None
+    return _refuses_onednn(x, weight, "none" if save else activation)
+
+
+def _refuses_vendor_linear_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, *others: Any
+) -> str | None:
+    return "no library call fuses it on a GPU" if x.is_cuda else _refuses_onednn(x, weight, "none")
+
+
+def _refuses_vendor_gated_linear(
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
+    activation: str,
+    params: list[float],
+    save: bool,
+) -> str | None:
+    if x.is_cuda or save:
+        return "no library call fuses it on a GPU, or with its two products kept for the backward"
+    return _refuses_onednn(x, weight_gate, activation)
+
+
+_CPU = {
+    "linear_act": _cpu_linear_act,
+    "linear_act_backward": _cpu_linear_act_backward,
+    "gated_linear": _cpu_gated_linear,
+    "gated_linear_backward": _cpu_gated_linear_backward,
+    "maxout_linear": _cpu_maxout_linear,
+    "maxout_linear_backward": _cpu_maxout_linear_backward,
+}
+_VENDOR = {
+    "linear_act": (_vendor_linear_act, _refuses_vendor_linear_act),
+    "linear_act_backward": (_vendor_linear_act_backward, _refuses_vendor_linear_act_backward),
+    "gated_linear": (_vendor_gated_linear, _refuses_vendor_gated_linear),
+}
+
+
+def implement(op: Op) -> None:
+    """Give ``op`` its ``cpu`` and, where a library fuses it, its ``vendor`` implementation."""
+    op.implement("cpu", lambda: _CPU[op.name])
+    if op.name in _VENDOR:
+        vendor, refuses = _VENDOR[op.name]
+        op.implement("vendor", lambda: vendor, refuses)

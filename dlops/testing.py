@@ -1,0 +1,385 @@
+"""The contract that every op is held to, and the one table of tolerances.
+
+``check(op, *args)`` runs the contract on one set of arguments. The test suite runs it on every op's samples.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dlops import backend
+from dlops._op import Op
+
+# max|y - y64| <= RATIO (max|yd - y64| + eps(dtype) max|y64|), and the same for the root mean square: y a backend's
+# result, yd the definition's in the same dtype, y64 the definition's in float64.
+RATIO = 2.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# How the values of a sample are drawn: standard normal; large mean; large and tiny for the dtype.
+KINDS = ("normal", "mean100", "huge", "tiny")
+
+Sampler = Callable[["Make"], Iterator[tuple[Any, ...]]]
+_samplers: dict[str, Sampler] = {}
+
+
+def samples(op: Op) -> Callable[[Sampler], Sampler]:
+    """Register the sample arguments of ``op``: a generator of argument tuples, given a :class:`Make`."""
+
+    def register(sampler: Sampler) -> Sampler:
+        _samplers[op.name] = sampler
+        return sampler
+
+    return register
+
+
+@dataclass
+class Make:
+    """Makes a sample's tensors: ``make(4, 8)`` is a random (4, 8) tensor of the dtype, device and kind under test."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    kind: str = "normal"
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(20240607)
+
+    def __call__(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        info = torch.finfo(self.dtype)
+        if self.kind == "mean100":
+            x = x + 100
+        elif self.kind == "huge":
+            x = x * info.max**0.2
+        elif self.kind == "tiny":
+            x = x * info.tiny**0.2
+        return x.to(self.device, self.dtype)
+
+    def samples(self, op: Op) -> list[tuple[Any, ...]]:
+        """All samples of ``op``.
+
+        Raises:
+            LookupError: the op has none, which the contract does not allow.
+        """
+        if op.name not in _samplers:
+            raise LookupError(f"{op!r} has no samples: write a generator and decorate it with @samples({op.name})")
+        return list(_samplers[op.name](self))
+
+
+# ---- the error ratio -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One output's or gradient's error over the definition's own error plus one eps; at most ``RATIO``."""
+
+    op: str
+    what: str
+    dtype: torch.dtype
+    backend: str
+    largest: float
+    rms: float
+
+
+def error_ratio(y: Tensor, yd: Tensor, y64: Tensor) -> tuple[float, float]:
+    """``(largest, rms)``: y's error against y64 over yd's, plus one eps of the largest (rms) value.
+
+    Positions where the float64 result or the definition is not finite must be equal to the definition's, and do not
+    count.
+    """
+    assert y.dtype == yd.dtype, f"dtype {y.dtype}, the definition's is {yd.dtype}"
+    assert y.shape == yd.shape == y64.shape, f"shape {tuple(y.shape)}, the definition's is {tuple(yd.shape)}"
+    eps = torch.finfo(y.dtype).eps
+    finite = yd.isfinite() & y64.isfinite()
+    torch.testing.assert_close(y[~finite], yd[~finite], rtol=0, atol=0, equal_nan=True)
+    y, yd, y64 = y[finite].double(), yd[finite].double(), y64[finite].double()
+    if y64.numel() == 0:
+        return 0.0, 0.0
+    return _over(y, yd, y64, torch.amax, eps), _over(y, yd, y64, _root_mean_square, eps)
+
+
+def _over(y: Tensor, yd: Tensor, y64: Tensor, norm: Callable[[Tensor], Tensor], eps: float) -> float:
+    error, own, size = norm((y - y64).abs()), norm((yd - y64).abs()), norm(y64.abs())
+    return 0.0 if error == 0 else float(error / (own + eps * size))
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def ratios(op: Op, args: Sequence[Any], name: str) -> list[Ratio]:
+    """The error ratios of every floating-point output, and of every gradient, of ``op`` on backend ``name``."""
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor))
+    args64 = [a.double() if _floating(a) else a for a in args]
+    found = []
+    with backend.use_backend(name), torch.no_grad():
+        ours = as_tuple(op(*args))
+    theirs, exact = as_tuple(op.definition(*args)), as_tuple(op.definition(*args64))
+    for what, y, yd, y64 in zip(op.returns, ours, theirs, exact, strict=True):
+        assert y.shape == yd.shape and y.dtype == yd.dtype and y.stride() == yd.stride(), (
+            f"{op.name} on {name}: {what} is {y.dtype}{tuple(y.shape)}, strides {y.stride()}; "
+            f"the definition's is {yd.dtype}{tuple(yd.shape)}, strides {yd.stride()}"
+        )
+        if _floating(y):
+            found.append(Ratio(op.name, what, dtype, name, *error_ratio(y, yd, y64)))
+    if op.differentiable:
+        found += _gradient_ratios(op, args, args64, name, dtype)
+    return found
+
+
+def _gradient_ratios(
+    op: Op, args: Sequence[Any], args64: Sequence[Any], name: str, dtype: torch.dtype
+) -> Iterator[Ratio]:
+    fixed = op.non_differentiable
+    generator = torch.Generator().manual_seed(7)
+    outputs = as_tuple(op.definition(*args))
+    dys = [
+        None if i in fixed else torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)
+        for i, o in enumerate(outputs)
+    ]
+    dys64 = [dy if dy is None else dy.double() for dy in dys]
+    with backend.use_backend(name):
+        ours = gradients(op, args, dys)
+    with backend.use_backend("torch"):  # the definition of the backward
+        theirs = gradients(op, args, dys)
+    exact = gradients(op.definition, args64, dys64)
+    for what, g, gd, g64 in zip(_float_names(op, args), ours, theirs, exact, strict=True):
+        assert g.stride() == gd.stride() or g.is_contiguous(), f"{op.name} on {name}: d{what} is not dense"
+        yield Ratio(op.name, f"d{what}", dtype, name, *error_ratio(g, gd, g64))
+
+
+def gradients(function: Callable[..., Any], args: Sequence[Any], dys: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of ``function`` for every floating-point argument, given one gradient (or None) per output."""
+    leaves = [a.detach().requires_grad_() if _floating(a) else a for a in args]
+    outputs = as_tuple(function(*leaves))
+    pairs = [(o, dy) for o, dy in zip(outputs, dys, strict=True) if dy is not None and o.requires_grad]
+    wanted = [a for a in leaves if _floating(a)]
+    found = torch.autograd.grad([o for o, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True)
+    return [torch.zeros_like(a) if g is None else g for a, g in zip(wanted, found, strict=True)]
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _float_names(op: Op, args: Sequence[Any]) -> list[str]:
+    return [name for name, a in zip(op.argument_names, args, strict=True) if _floating(a)]
+
+
+def numerics_page(found: Sequence[Ratio]) -> str:
+    """docs/numerics.md: the largest error ratio of every op, output, dtype and backend in a run."""
+    worst: dict[tuple[str, str, str, torch.dtype], float] = {}
+    for r in found:
+        key = (r.op, r.what, r.backend, r.dtype)
+        worst[key] = max(worst.get(key, 0.0), r.largest, r.rms)
+    lines = [
+        "# Numerics",
+        "",
+        "Generated by `make docs` from a run of the test suite. Each number is the largest, over all samples, of",
+        "",
+        "    max|y - y64| / (max|yd - y64| + eps max|y64|)",
+        "",
+        "and of the same with the root mean square: y a backend's result, yd the definition's (plain PyTorch) in the same",
+        "dtype, y64 the definition's on float64 inputs, eps the dtype's. 1 is as accurate as PyTorch; the contract allows",
+        f"{RATIO:g}. Inputs: standard normal, mean 100, large and tiny magnitudes, rows and reductions up to 8,200 long.",
+        f"torch {torch.__version__}; the backend triton ran in "
+        f"{'Triton' + chr(39) + 's interpreter' if backend.triton_interpreted() else 'its compiler'}.",
+        "",
+        "| op | output | backend | " + " | ".join(str(d).removeprefix("torch.") for d in DTYPES) + " |",
+        "|---|---|---|" + "---|" * len(DTYPES),
+    ]
+    for op, what, name in sorted({key[:3] for key in worst}):
+        cells = [worst.get((op, what, name, dtype)) for dtype in DTYPES]
+        lines.append(f"| {op} | {what} | {name} | " + " | ".join("" if c is None else f"{c:.2f}" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- the other properties ------------------------------------------------------------------------------------------
+
+
+def runs(op: Op, name: str, args: Sequence[Any]) -> bool:
+    """Whether backend ``name`` serves these arguments in this process."""
+    return backend.refusal(op, name, args) is None
+
+
+def check_ratios(op: Op, args: Sequence[Any], name: str) -> list[Ratio]:
+    """Assert every error ratio of section "error ratio" of the contract, and return them."""
+    found = ratios(op, args, name)
+    for r in found:
+        assert r.largest <= RATIO and r.rms <= RATIO, f"{r} on {describe(args)}"
+    return found
+
+
+def check_deterministic(op: Op, args: Sequence[Any], name: str) -> None:
+    """Values and gradients are bit-identical when the call is repeated."""
+    with backend.use_backend(name):
+        first, second = as_tuple(op(*args)), as_tuple(op(*args))
+        results = [first, second]
+        if op.differentiable:
+            dys = [None if i in op.non_differentiable else torch.ones_like(o) for i, o in enumerate(first)]
+            results = [first + tuple(gradients(op, args, dys)), second + tuple(gradients(op, args, dys))]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def layouts(args: Sequence[Any]) -> Iterator[list[Any]]:
+    """``args`` with the same values in other layouts: every tensor sliced out of a larger one, transposed in memory,
+    misaligned by one element."""
+
+    def sliced(a: Tensor) -> Tensor:
+        big = a.new_full([2 * size + 1 for size in a.shape[:-1]] + [a.shape[-1] + 3], 7)
+        view = big[tuple(slice(1, None, 2) for _ in a.shape[:-1]) + (slice(2, 2 + a.shape[-1]),)]
+        return view[tuple(slice(0, size) for size in a.shape)].copy_(a)
+
+    def transposed(a: Tensor) -> Tensor:
+        return a.mT.contiguous().mT if a.dim() > 1 else a.repeat_interleave(2)[::2]
+
+    def misaligned(a: Tensor) -> Tensor:
+        return a.new_empty(a.numel() + 1)[1:].view(a.shape).copy_(a)
+
+    for change in (sliced, transposed, misaligned):
+        yield [change(a) if _floating(a) and a.dim() else a for a in args]
+
+
+def check_layouts(op: Op, args: Sequence[Any], name: str) -> None:
+    """The contract's error ratio holds for every memory layout of the arguments, and for expanded gradients."""
+    for changed in layouts(args):
+        if runs(op, name, changed):
+            check_ratios(op, changed, name)
+
+
+def check_untouched(op: Op, args: Sequence[Any], name: str) -> None:
+    """No argument is written to, and no output shares memory with an argument."""
+    before = copy.deepcopy(list(args))
+    with backend.use_backend(name):
+        outputs = as_tuple(op(*args))
+    for a, b in zip(args, before, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            for o in outputs:
+                if o.numel() and a.numel():
+                    assert o.untyped_storage().data_ptr() != a.untyped_storage().data_ptr(), "output is a view"
+
+
+def check_output_mask(op: Op, args: Sequence[Any], name: str) -> None:
+    """Only the gradients that are asked for come back, each equal to the one of the full backward."""
+    names = [i for i, a in enumerate(args) if _floating(a)]
+    with backend.use_backend(name):
+        for asked in itertools.product((False, True), repeat=len(names)):
+            if not any(asked):
+                continue
+            wanted = {i for i, yes in zip(names, asked, strict=True) if yes}
+            leaves = [a.detach().requires_grad_(i in wanted) if _floating(a) else a for i, a in enumerate(args)]
+            full = [a.detach().requires_grad_() if _floating(a) else a for a in args]
+            for some in (leaves, full):
+                outputs = [o for o in as_tuple(op(*some)) if o.requires_grad]
+                torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+            for i in names:
+                if i in wanted:
+                    torch.testing.assert_close(leaves[i].grad, full[i].grad, rtol=0, atol=0, equal_nan=True)
+                else:
+                    assert leaves[i].grad is None
+
+
+def check_gradgrad(op: Op, args: Sequence[Any]) -> None:
+    """gradcheck and gradgradcheck on float64 arguments."""
+    wanted = [i for i, a in enumerate(args) if _floating(a)]
+    leaves = [args[i].detach().double().requires_grad_() for i in wanted]
+    fixed = op.non_differentiable
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        full = list(args)
+        for i, t in zip(wanted, tensors, strict=True):
+            full[i] = t
+        return tuple(o for i, o in enumerate(as_tuple(op(*full))) if i not in fixed)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def check_transforms(op: Op, args: Sequence[Any]) -> None:
+    """torch.func's grad, vmap(grad), jacrev and jvp equal the definition's."""
+    wanted = [i for i, a in enumerate(args) if _floating(a)]
+    tensors = tuple(args[i].detach() for i in wanted)
+
+    def of(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        def scalar(*given: Tensor) -> Tensor:
+            full = list(args)
+            for i, t in zip(wanted, given, strict=True):
+                full[i] = t
+            return as_tuple(function(*full))[0].sin().sum()
+
+        return scalar
+
+    where = tuple(range(len(tensors)))
+    for transform in (
+        lambda f: torch.func.grad(f, where)(*tensors),
+        lambda f: torch.func.jacrev(f, where)(*tensors),
+        lambda f: torch.func.jvp(f, tensors, tensors),
+        lambda f: torch.func.vmap(torch.func.grad(f, where))(*[torch.stack([t, 2 * t]) for t in tensors]),
+    ):
+        torch.testing.assert_close(transform(of(op)), transform(of(op.definition)), rtol=0, atol=0)
+
+
+def check_compiled(op: Op, args: Sequence[Any], name: str) -> None:
+    """opcheck, ``torch.compile(fullgraph=True)``, ``torch.export`` and activation checkpointing, on one backend."""
+    with backend.use_backend(name):
+        torch.library.opcheck(getattr(torch.ops.dlops, op.name).default, _leaves(args, op.differentiable))
+        eager = as_tuple(op(*args))
+        compiled = as_tuple(torch.compile(op, fullgraph=True, backend="aot_eager")(*args))
+        exported = as_tuple(torch.export.export(_Module(op, args), _tensors(args)).module()(*_tensors(args)))
+        for other in (compiled, exported):
+            torch.testing.assert_close(other, eager, rtol=0, atol=0, equal_nan=True)
+        if op.differentiable:
+            leaves = _leaves(args, True)
+            once = [o for o in as_tuple(op(*leaves)) if o.requires_grad]
+            again = [o for o in as_tuple(checkpoint(op, *leaves, use_reentrant=False)) if o.requires_grad]
+            wanted = [a for a in leaves if _floating(a)]
+            torch.testing.assert_close(*[torch.autograd.grad(sum(o.sum() for o in some), wanted) for some in (once, again)])  # type: ignore[arg-type]
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, op: Op, args: Sequence[Any]) -> None:
+        super().__init__()
+        self.op, self.args = op, args
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return self.op(*[next(given) if isinstance(a, Tensor) else a for a in self.args])
+
+
+def _tensors(args: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(a for a in args if isinstance(a, Tensor))
+
+
+def _leaves(args: Sequence[Any], requires_grad: bool) -> tuple[Any, ...]:
+    return tuple(a.detach().requires_grad_(requires_grad) if _floating(a) else a for a in args)
+
+
+def describe(args: Sequence[Any]) -> str:
+    """``args`` for a message: tensors by dtype, shape and strides."""
+    return ", ".join(f"{a.dtype}{tuple(a.shape)}@{a.stride()}" if isinstance(a, Tensor) else repr(a) for a in args)
+
+
+def check(op: Op, *args: Any) -> list[Ratio]:
+    """Hold ``op`` to the contract on ``args``, on every backend available to them.
+
+    Raises:
+        AssertionError: a property does not hold; the message names it.
+    """
+    found = []
+    for name in op.implementations:
+        if runs(op, name, args):
+            found += check_ratios(op, args, name)
+            check_deterministic(op, args, name)
+            check_untouched(op, args, name)
+            check_compiled(op, args, name)
+    return found

@@ -1,0 +1,169 @@
+"""The contract, for every op, on every backend. An op added later is found in the registry; its samples in test_*.py."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dlops
+from dlops import backend, testing
+from dlops._op import Op, registry
+from dlops.testing import DTYPES, KINDS, Make
+
+for path in sorted(Path(__file__).parent.glob("test_*.py")):
+    if path.name != Path(__file__).name and "@samples(" in path.read_text() and path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+
+OPS = list(registry.values())
+for _op in OPS:
+    Make().samples(_op)  # an op without samples fails collection
+
+PAIRS = [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS for name in op.implementations]
+DIFFERENTIABLE = [op for op in OPS if op.differentiable]
+# What a kernel may refuse. Everything else in the samples it must serve, in every dtype of DTYPES.
+MAY_REFUSE = {"vendor"}
+
+
+def served(op: Op, name: str, make: Make) -> list[tuple[Any, ...]]:
+    """The samples that ``name`` serves; skips where the backend is not available, fails where a kernel refuses one."""
+    if (reason := backend.missing(name)) is not None:
+        pytest.skip(reason)
+    found = []
+    for args in make.samples(op):
+        reason = backend.refusal(op, name, args)
+        assert reason is None or name in MAY_REFUSE, f"{op.name} on {name} refuses {testing.describe(args)}: {reason}"
+        if reason is None:
+            found.append(args)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: str, record_ratios: Any) -> None:
+    for args in served(op, name, Make(dtype, device, kind)):
+        record_ratios(testing.check_ratios(op, args, name))
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_layouts(op: Op, name: str, device: str) -> None:
+    for args in served(op, name, Make(torch.bfloat16, device))[::4]:
+        testing.check_layouts(op, args, name)
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_deterministic_and_functional(op: Op, name: str, device: str) -> None:
+    for args in served(op, name, Make(torch.float32, device)):
+        testing.check_deterministic(op, args, name)
+        testing.check_untouched(op, args, name)
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_output_mask(op: Op, name: str, device: str) -> None:
+    if not op.differentiable:
+        pytest.skip("not differentiable")
+    for args in served(op, name, Make(torch.float32, device))[:1]:
+        testing.check_output_mask(op, args, name)
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_compiled(op: Op, name: str, device: str) -> None:
+    samples = [args for args in served(op, name, Make(torch.float32, device)) if args[0].numel() > 1]
+    for args in samples[:1]:
+        testing.check_compiled(op, args, name)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_one_dynamic_graph_serves_five_lengths(op: Op) -> None:
+    args = next(args for args in Make(torch.float32).samples(op) if args[0].dim() == 2 and args[0].numel() > 1)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(op, backend=counter, dynamic=True, fullgraph=True)
+    rows = args[0].shape[0]
+    for length in (2, 3, 5, 8, 13):
+        longer = [
+            a[[i % rows for i in range(length)]] if isinstance(a, torch.Tensor) and leads(op, a, i, rows) else a
+            for i, a in enumerate(args)
+        ]
+        torch.testing.assert_close(compiled(*longer), op(*longer), rtol=0, atol=0)
+    assert counter.frame_count == 1
+
+
+def leads(op: Op, tensor: torch.Tensor, i: int, rows: int) -> bool:
+    """Whether an argument has the batch dimension: parameters do not."""
+    return tensor.shape[0] == rows and not op.argument_names[i].startswith(("weight", "bias"))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_gradgrad(op: Op) -> None:
+    for args in Make(torch.float64).samples(op):
+        if 1 < args[0].numel() < 40:
+            testing.check_gradgrad(op, args)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_transforms(op: Op) -> None:
+    for args in Make(torch.float64).samples(op)[:3]:
+        if args[0].numel() > 1:
+            testing.check_transforms(op, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_autocast_follows_torch(op: Op, dtype: torch.dtype, device: str) -> None:
+    for args in Make(torch.float32, device).samples(op)[:4]:
+        with torch.autocast(device, dtype):
+            outputs = testing.as_tuple(op(*args))
+            expected = testing.as_tuple(op.definition(*args))
+        for ours, theirs in zip(outputs, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+        with torch.autocast(device, dtype):
+            torch.testing.assert_close(testing.as_tuple(compiled(*args)), outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_nan_stays_in_its_row(op: Op, name: str, device: str) -> None:
+    args = next(a for a in served(op, name, Make(torch.float32, device)) if a[0].dim() == 2 and a[0].numel() > 8)
+    for bad in (float("nan"), float("inf")):
+        poisoned = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        poisoned[0][0] = bad
+        with dlops.use_backend(name):
+            clean, dirty = testing.as_tuple(op(*args)), testing.as_tuple(op(*poisoned))
+        for what, a, b in zip(op.returns, clean, dirty, strict=True):
+            if not what.startswith(("dweight", "dbias")) and a.numel():
+                torch.testing.assert_close(b[1:], a[1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_the_forced_backend_is_kept_for_backward(op: Op) -> None:
+    args = [a.requires_grad_() if testing._floating(a) else a for a in Make(torch.float32).samples(op)[0]]
+    with dlops.use_backend("torch"):
+        outputs = [o for o in testing.as_tuple(op(*args)) if o.requires_grad]
+    explanation = dlops.explain(lambda: torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs]))
+    assert [d.backend for d in explanation.decisions] == ["torch"]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_thread_count_does_not_change_bits(op: Op) -> None:
+    if backend.missing("cpu"):
+        pytest.skip("dlops._C is not built")
+    threads = torch.get_num_threads()
+    args = next(a for a in served(op, "cpu", Make(torch.float32)) if a[0].dim() == 2 and a[0].numel() > 8)
+    if any(part in op.name for part in ("linear",)):
+        pytest.skip("torch's own matrix products may split the sum over threads")
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with dlops.use_backend("cpu"):
+                results.append(testing.as_tuple(op(*args)))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

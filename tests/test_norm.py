@@ -1,0 +1,128 @@
+"""The norm family: samples for the contract, torch's functions as the reference, bad input."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dlops
+import dlops.functional as F
+from dlops.ops import norm
+from dlops.testing import Make, samples
+
+# Odd sizes, tile edges +-1, one element, empty, long rows, 1-d to 5-d.
+SHAPES = [(7,), (1, 1), (3, 5), (2, 0), (0, 8), (4, 127), (3, 128), (2, 129), (2, 3, 513), (1, 8193), (2, 1, 3, 2, 9)]
+
+
+def _parameters(make: Make, *shapes: tuple[int, ...]) -> Iterator[tuple[Tensor | None, ...]]:
+    yield tuple(make(*shape) for shape in shapes)
+    yield tuple(None for _ in shapes)
+
+
+@samples(norm.rms_norm)
+def rms_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
+    for shape in SHAPES:
+        for (weight,) in _parameters(make, shape[-1:]):
+            yield make(*shape), weight, 1e-6
+    yield make(3, 9), make(9), 0.0
+
+
+@samples(norm.layer_norm)
+def layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
+    for shape in SHAPES:
+        for weight, bias in _parameters(make, shape[-1:], shape[-1:]):
+            yield make(*shape), weight, bias, 1e-5
+    yield make(3, 9), make(9), None, 1e-3
+    yield make(3, 9), None, make(9), 1e-3
+
+
+@samples(norm.add_rms_norm)
+def add_rms_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
+    for x, weight, eps in rms_norm_samples(make):
+        yield x, make(*x.shape), weight, eps
+
+
+@samples(norm.add_layer_norm)
+def add_layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
+    for x, weight, bias, eps in layer_norm_samples(make):
+        yield x, make(*x.shape), weight, bias, eps
+
+
+@samples(norm.rms_norm_backward)
+def rms_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
+    for x, weight, eps in rms_norm_samples(make):
+        rstd = norm.rms_norm.definition(x, weight, eps)[1]
+        for dsum in (None, make(*x.shape)):
+            yield make(*x.shape), x, weight, rstd, dsum, [True, weight is not None]
+    yield make(3, 9), make(3, 9), make(9), make(3).float(), None, [False, True]
+    yield make(3, 9), make(3, 9), make(9), make(3).float(), None, [True, False]
+
+
+@samples(norm.layer_norm_backward)
+def layer_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
+    for x, weight, bias, eps in layer_norm_samples(make):
+        _, mean, rstd = norm.layer_norm.definition(x, weight, bias, eps)
+        for dsum in (None, make(*x.shape)):
+            yield make(*x.shape), x, weight, mean, rstd, dsum, [True, weight is not None, bias is not None]
+    for mask in ([False, True, False], [False, False, True], [True, False, False]):
+        yield make(3, 9), make(3, 9), make(9), make(3).float(), make(3).float(), None, mask
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (2, 3, 4, 6)])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_equal_to_torch(shape: tuple[int, ...], dims: int) -> None:
+    x, normalized = torch.randn(shape, dtype=torch.float64), list(shape[-dims:])
+    weight, bias = torch.randn(normalized, dtype=torch.float64), torch.randn(normalized, dtype=torch.float64)
+    for name in ("torch", None):
+        with dlops.use_backend(name):
+            torch.testing.assert_close(
+                F.layer_norm(x, normalized, weight, bias, 1e-3),
+                torch.nn.functional.layer_norm(x, normalized, weight, bias, 1e-3),
+            )
+            torch.testing.assert_close(
+                F.rms_norm(x, normalized, weight, None), torch.nn.functional.rms_norm(x, normalized, weight, None)
+            )
+            normed, total = F.add_layer_norm(x, x + 1, normalized, weight, bias)
+            torch.testing.assert_close(total, x + x + 1)
+            torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x + x + 1, normalized, weight, bias))
+            normed, total = F.add_rms_norm(x, x + 1, normalized, weight)
+            torch.testing.assert_close(total, x + x + 1)
+            torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + x + 1, normalized, weight))
+
+
+
+
+def test_modules_share_torch_state_dicts() -> None:
+    for ours, theirs in [
+        (dlops.nn.RMSNorm(6, eps=1e-3), torch.nn.RMSNorm(6, eps=1e-3)),
+        (dlops.nn.LayerNorm((5, 6), bias=False), torch.nn.LayerNorm((5, 6), bias=False)),
+    ]:
+        for p in theirs.parameters():
+            torch.nn.init.normal_(p)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(40, 5, 6)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: F.add_rms_norm(x, x[:, :3], [4]), RuntimeError, r"residual has shape \(2, 3\), accepted is \(2, 4\)"),
+        (lambda x: F.add_rms_norm(x, x, [4], eps=-1.0), ValueError, "eps is -1.0, accepted are numbers >= 0"),
+        (lambda x: F.add_rms_norm(x, x, [5]), RuntimeError, "input has shape"),
+        (lambda x: F.add_rms_norm(x, x, [4], x[0, :3]), RuntimeError, "weight or bias has shape"),
+        (lambda x: F.add_rms_norm(x, x.double(), [4]), RuntimeError, "residual has dtype torch.float64"),
+        (lambda x: F.add_rms_norm(x.long(), x.long(), [4]), RuntimeError, "x has dtype torch.int64"),
+        (lambda x: F.add_layer_norm(x + 0j, x + 0j, [4]), RuntimeError, "x has dtype torch.complex64"),
+        (lambda x: F.add_layer_norm(x, x.to("meta"), [4]), RuntimeError, "residual is on meta"),
+        (lambda x: F.add_layer_norm(x[0, 0], x[0, 0], []), RuntimeError, "input has shape"),
+        (lambda x: torch.ops.dlops.rms_norm(x, x[0, :2], 1e-6), RuntimeError, r"weight has shape \(2,\)"),
+        (lambda x: norm.layer_norm(x, None, x[0, :2], 1e-6), RuntimeError, r"bias has shape \(2,\)"),
+        (lambda x: norm.layer_norm(x[0, 0], None, None, 1e-6), RuntimeError, "0-dimensional"),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 4))
