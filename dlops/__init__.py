@@ -3,5 +3,5 @@
 from dlops import functional, nn
 from dlops.backend import backends, explain, use_backend
 
-__version__ = "0.1.0"
+from dlops._version import __version__
 

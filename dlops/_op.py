@@ -39,7 +39,7 @@ def acc(x: Tensor) -> Tensor:
 
 def sum_rows(x: Tensor) -> Tensor:
     """The sum of ``x`` over all but its last dimension."""
-    return x.sum(tuple(range(x.dim() - 1))) if x.dim() > 1 else x
+    return as_rows(x).sum(0)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ that forward: its code does not name them, or its own trace does not call them.
 import contextlib
 import copy
 import dis
+import gc
 import inspect
 import itertools
 import random
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -57,6 +59,7 @@ _ACTIVATIONS = {
 }
 _PARAMETERS = {"elu": ("alpha",), "leaky_relu": ("negative_slope",), "softplus": ("beta", "threshold")}
 _HARMLESS = (object, Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+_INITIALIZERS = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # handle children, never run them
 _NAMES = {name for names in _ACTIVATIONS.values() for name in names.values()}
 
 
@@ -115,6 +118,8 @@ class Prover:
             if len({graph for graph, _ in uses}) < len(uses):
                 raise Unproven(f"{name} is called more than once")
             for _, node in uses:
+                if node.meta.get("kept"):
+                    raise Unproven(f"{type(callers[0]).__name__}.forward keeps the linear's output")
                 others = [u for u in node.users if _called(callers[0], u) is not activation]
                 if others:
                     raise Unproven(f"the linear's output is also used by {_describe(callers[0], others[0])}")
@@ -157,7 +162,7 @@ class Prover:
         if caller not in self._traced:
             try:
                 self._traced[caller] = list(_trace(caller))
-            except Exception as error:  # noqa: BLE001, a forward may raise anything
+            except Exception as error:
                 message = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
                 self._traced[caller] = Unproven(f"{type(caller).__name__}.forward cannot be traced: {message}")
         traced = self._traced[caller]
@@ -201,7 +206,8 @@ class Prover:
             for base in reversed(cls.__mro__):
                 if base not in _HARMLESS:
                     functions.update(vars(base))
-            functions.pop("__init__", None)
+            for name in _INITIALIZERS:
+                functions.pop(name, None)
             count, escapes = Counter[str](), set[str]()
             for function in functions.values():
                 function = getattr(function, "fget", None) or getattr(function, "__func__", function)
@@ -218,8 +224,26 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
+
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        proxy = super().proxy(node)
+        if isinstance(_called(self.root, node), torch.nn.Linear):
+            self._proxies.append(weakref.ref(proxy))
+        return proxy
+
+    def mark_kept(self) -> None:
+        """After a trace: mark the linears whose output the forward left somewhere, as in ``self.hidden = x``."""
+        if any(proxy() is not None for proxy in self._proxies):
+            gc.collect()
+        for proxy in self._proxies:
+            if (alive := proxy()) is not None:
+                alive.node.meta["kept"] = True
 
 
 def _trace(module: Module) -> Iterator[fx.Graph]:
@@ -244,7 +268,9 @@ def _trace(module: Module) -> Iterator[fx.Graph]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph = _Tracer().trace(twin, arguments or None)
+                tracer = _Tracer()
+                graph = tracer.trace(twin, arguments or None)
+            tracer.mark_kept()
             if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
                 raise ValueError("what it does depends on random numbers")
         finally:
@@ -272,7 +298,7 @@ def _describe(caller: Module, node: object) -> str:
 
 
 def _attribute_loads(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is called at once) of each attribute that code loads, ``self.fc`` in ``self.fc.weight`` aside."""
+    """(name, whether it is called at once) of each attribute code loads, ``self.fc`` in ``self.fc.weight`` aside."""
     instructions = list(dis.get_instructions(code))
     for this, following in itertools.pairwise(instructions):
         is_load = this.opname in ("LOAD_ATTR", "LOAD_METHOD")

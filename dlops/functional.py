@@ -258,7 +258,7 @@ def _norm_dims(
     if backend.forced() is not None:
         return dims
     # A GPU's norms are unmeasured: torch's fused ones run there.
-    if x.device.type != "cpu" or x.dtype not in _FLOATS or not _alike(x, *parameters):
+    if x.device.type != "cpu" or x.dtype not in _FLOATS or not _alike(x, *parameters) or backend.missing("cpu"):
         return 0
     return dims if eps is None or eps >= 0 else 0
 

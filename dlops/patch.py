@@ -78,10 +78,10 @@ def patch(model: Module) -> Report:
     identity. Nothing but the class of a module changes: parameters, buffers, names, state dict, hooks and
     optimizers stay; the patched model pickles, copies, compiles and trains as before. Patching twice does nothing more.
 
-    The proof holds for the model as it is now and for calls that go through the modules' ``forward``. Between ``patch``
-    and :func:`unpatch` a fused linear's own output is already activated, which who calls it by itself, hooks it or wraps
-    it (LoRA, quantization) would see, and the settings of a fused activation are fixed. Modules that carry hooks are
-    therefore never fused; unpatch before adding hooks or adapters to a pair, and patch again after.
+    The proof holds for the model as it is now and for calls that go through the modules' ``forward``. Until
+    :func:`unpatch` a fused linear's own output is already activated, and the activation's settings are fixed: code that
+    calls that linear by itself, hooks it or wraps it (LoRA, quantization) would see other values. Modules that carry
+    hooks are therefore never fused; unpatch before adding hooks or adapters, and patch again after.
 
     Args:
         model: any module; shared submodules are handled once.
@@ -94,7 +94,7 @@ def patch(model: Module) -> Report:
     for activation in tuple(prover.candidates()):
         name, params = activation_of(activation) or ("", {})
         try:
-            fused |= {linear: (activation, name, params) for linear in prover.prove(activation)}
+            fused |= dict.fromkeys(prover.prove(activation), (activation, name, params))
         except Unproven as unproven:
             entries.append(Entry(prover.names[activation], f"Linear -> {name}", str(unproven)))
     for linear, name in prover.functions():
@@ -112,10 +112,9 @@ def patch(model: Module) -> Report:
             continue
         reason = _obstacle(module)
         if type(module) is not kind:
-            own = type(module).__module__.startswith(nn.__name__)
-            reason = (
-                f"already dlops.nn.{type(module).__name__}" if own else f"{type(module).__name__} is not torch.nn's"
-            )
+            qualified = f"{type(module).__module__}.{type(module).__qualname__}"
+            is_own = qualified.startswith(f"{nn.__name__}.")
+            reason = "is already dlops.nn's" if is_own else f"{qualified} is not torch.nn.{kind.__name__}"
         if not reason:
             _swap(module, _REPLACEMENTS[kind])
         entries.append(Entry(name, kind.__name__, reason or ""))

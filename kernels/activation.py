@@ -134,7 +134,8 @@ def activate_grad(dy, saved, p0, p1, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "mish":
         e = exp(tl.minimum(saved, 20.0))
         n = e * (e + 2.0)
-        return dy * (n / (n + 2.0) + saved * (4.0 * e * (e + 1.0) / ((n + 2.0) * (n + 2.0))))
+        slope = n / (n + 2.0) + saved * (4.0 * e * (e + 1.0) / ((n + 2.0) * (n + 2.0)))
+        return dy * tl.where(saved > 20.0, 1.0, slope)
     else:
         tl.static_assert(ACTIVATION == "softplus", "unknown activation")
         t = saved * p0

@@ -36,7 +36,10 @@ class Tile(NamedTuple):
 # One tile per power of two. 16 to 32 elements a thread keep two to eight 16-byte loads in flight in each.
 FORWARD = {w: Tile(max(1, 2048 // w), w, max(4, w // 1024), 1) for w in (2**i for i in range(4, 15))}
 FORWARD_CHUNK = Tile(1, 8192, 16, 1)
-BACKWARD = {w: Tile(max(1, 2048 // w), w, max(4, w // 512), max(1, min(4, 8192 // w))) for w in (2**i for i in range(4, 14))}
+BACKWARD = {
+    w: Tile(max(1, 2048 // w), w, max(4, min(8, w // 256), w // 512), max(1, min(4, 8192 // w)))
+    for w in (2**i for i in range(4, 14))
+}
 BACKWARD_CHUNK = Tile(1, 2048, 4, 4)
 BACKWARD_STATS = Tile(1, 8192, 16, 1)
 MAX_WIDTH = max(FORWARD)
@@ -94,12 +97,17 @@ def norm_kernel(
         centre = tl.sum(value, 1) / D
         tl.store(mean + rows, centre, mask=rows < M)
         value = tl.where(col_mask, value - centre[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
+        rest = tl.sum(value, 1) / D  # what the rounding of a large mean left in every element
+        variance = tl.sum(value * value, 1) / D - rest * rest
+        value -= rest[:, None]
+    else:
+        variance = tl.sum(value * value, 1) / D
+    scale = tl.rsqrt(variance + eps)
     tl.store(rstd + rows, scale, mask=rows < M)
     store_normed(y, value * scale[:, None], weight, bias, offs_y, cols, mask, col_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def wide_norm_kernel(
     x,  # (M, D)
     residual,  # (M, D) added to x first, or None
@@ -110,15 +118,23 @@ def wide_norm_kernel(
     mean,  # (M,) float32, or None: no mean is taken (rms_norm)
     rstd,  # (M,) float32
     eps,  # added to the mean square or the variance
-    D: tl.constexpr,  # elements of a row
+    chunks,  # chunks of a row: an argument, lest the compiler unroll them all
+    D: tl.constexpr,  # elements of a row, more than WIDTH
     STRIDE_X: tl.constexpr,  # elements from one row of x to the next
     STRIDE_RESIDUAL: tl.constexpr,  # the same for residual
     WIDTH: tl.constexpr,  # columns of one chunk
 ):
     row = tl.program_id(0).to(tl.int64)
-    centre = 0.0
-    squares = 0.0  # of the distances from the mean of the columns seen so far
-    for start in range(0, D, WIDTH):
+    pivot = 0.0  # a value near the mean, from which all are measured: a large mean then costs no digits
+    if mean is not None:
+        cols = tl.arange(0, WIDTH)
+        value = load_sum(x, residual, row * STRIDE_X + cols, row * STRIDE_RESIDUAL + cols, cols < D)
+        pivot += tl.sum(value, 0) / WIDTH
+    sums = 0.0
+    centre = 0.0  # mean, less the pivot, of the columns seen so far
+    squares = 0.0  # of their distances from it
+    for chunk in range(chunks):
+        start = chunk * WIDTH
         cols = start + tl.arange(0, WIDTH)
         mask = cols < D
         value = load_sum(x, residual, row * STRIDE_X + cols, row * STRIDE_RESIDUAL + cols, mask)
@@ -126,6 +142,8 @@ def wide_norm_kernel(
             tl.store(total + row * D + cols, rounded(value, total.dtype.element_ty), mask=mask)
         if mean is not None:  # the chunk's own two-pass variance, joined to that of the columns before (Chan et al.)
             count = tl.minimum(D - start, WIDTH).to(tl.float32)
+            sums += tl.sum(value, 0)
+            value = tl.where(mask, value - pivot, 0.0)
             chunk_mean = tl.sum(value, 0) / count
             delta = chunk_mean - centre
             value = tl.where(mask, value - chunk_mean, 0.0)
@@ -135,15 +153,15 @@ def wide_norm_kernel(
     scale = tl.rsqrt(squares / D + eps)
     tl.store(rstd + row, scale)
     if mean is not None:
-        tl.store(mean + row, centre)
-    for start in range(0, D, WIDTH):
-        cols = start + tl.arange(0, WIDTH)
+        tl.store(mean + row, sums / D)
+    for chunk in range(chunks):
+        cols = chunk * WIDTH + tl.arange(0, WIDTH)
         mask = cols < D
         value = load_sum(x, residual, row * STRIDE_X + cols, row * STRIDE_RESIDUAL + cols, mask)
-        store_normed(y, (value - centre) * scale, weight, bias, row * D + cols, cols, mask, mask)
+        store_normed(y, (value - pivot - centre) * scale, weight, bias, row * D + cols, cols, mask, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks"])
 def backward_stats_kernel(
     dy,  # (M, D) gradient of y
     x,  # (M, D) what the norm was taken of
@@ -152,6 +170,7 @@ def backward_stats_kernel(
     rstd,  # (M,) float32
     stats,  # (2, M) float32: means over the row of dy weight xhat, and of dy weight
     M,  # rows
+    chunks,  # chunks of a row: an argument, lest the compiler unroll them all
     D: tl.constexpr,  # elements of a row
     STRIDE_DY: tl.constexpr,  # elements from one row of dy to the next
     STRIDE_X: tl.constexpr,  # the same for x
@@ -164,8 +183,8 @@ def backward_stats_kernel(
         centre = tl.load(mean + row)
     along = tl.zeros((WIDTH,), tl.float32)
     level = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, D, WIDTH):
-        cols = start + tl.arange(0, WIDTH)
+    for chunk in range(chunks):
+        cols = chunk * WIDTH + tl.arange(0, WIDTH)
         mask = cols < D
         grad = tl.load(dy + row * STRIDE_DY + cols, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(x + row * STRIDE_X + cols, mask=mask, other=0.0).to(tl.float32)
@@ -280,7 +299,8 @@ def _forward(x, residual, weight, bias, eps, centred):
     else:
         tile = FORWARD_CHUNK
         wide_norm_kernel[(M,)](
-            x, residual, weight, bias, y, total, mean, rstd, eps, D, stride_x, stride_residual, tile.width,
+            x, residual, weight, bias, y, total, mean, rstd, eps, triton.cdiv(D, tile.width), D, stride_x, stride_residual,
+            tile.width,
             num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
         )
     # fmt: on
@@ -318,7 +338,8 @@ def _backward(dy, x, weight, mean, rstd, dsum, want_dx, want_dweight, want_dbias
     # fmt: off
     if stats is not None:
         backward_stats_kernel[(M,)](
-            dy, x, weight, mean, rstd, stats, M, D, stride_dy, stride_x, BACKWARD_STATS.width,
+            dy, x, weight, mean, rstd, stats, M, triton.cdiv(D, BACKWARD_STATS.width), D, stride_dy, stride_x,
+            BACKWARD_STATS.width,
             num_warps=BACKWARD_STATS.num_warps, enable_fp_fusion=FP_FUSION,
         )
     norm_backward_kernel[(parts, col_tiles)](

@@ -47,8 +47,9 @@ def served(op: Op, name: str, make: Make) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: str, record_ratios: Any) -> None:
-    for args in served(op, name, Make(dtype, device, kind)):
-        record_ratios(testing.check_ratios(op, args, name))
+    for draws in zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in range(4)], strict=True):
+        small = draws[0][0].numel() < 1000
+        record_ratios(testing.check_ratios(op, draws if small else draws[:1], name))
 
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)
@@ -122,7 +123,8 @@ def test_autocast_follows_torch(op: Op, dtype: torch.dtype, device: str) -> None
             outputs = testing.as_tuple(op(*args))
             expected = testing.as_tuple(op.definition(*args))
         for ours, theirs in zip(outputs, expected, strict=True):
-            assert ours.dtype == theirs.dtype
+            assert ours.dtype == theirs.dtype or ours.numel() == 0
+        torch._dynamo.reset()
         compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
         with torch.autocast(device, dtype):
             torch.testing.assert_close(testing.as_tuple(compiled(*args)), outputs, rtol=0, atol=0)
@@ -130,7 +132,10 @@ def test_autocast_follows_torch(op: Op, dtype: torch.dtype, device: str) -> None
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_nan_stays_in_its_row(op: Op, name: str, device: str) -> None:
-    args = next(a for a in served(op, name, Make(torch.float32, device)) if a[0].dim() == 2 and a[0].numel() > 8)
+    found = [a for a in served(op, name, Make(torch.float32, device)) if a[0].dim() == 2 and a[0].numel() > 8]
+    if not found:
+        pytest.skip(f"{name} serves none of the samples on {device}")
+    args = found[0]
     for bad in (float("nan"), float("inf")):
         poisoned = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         poisoned[0][0] = bad

@@ -23,7 +23,7 @@ SHAPES = [
     ((15,), 17, 33),
     ((2, 3), 31, 64),
     ((2, 1, 2, 1), 5, 9),
-    ((2,), 3, 8200),
+    ((9,), 24, 8200),
 ]
 OPTIONS = {"leaky_relu": [0.2], "elu": [0.7], "softplus": [1.5, 3.0]}
 
@@ -35,7 +35,7 @@ def _activations() -> Iterator[tuple[str, list[float]]]:
             yield activation, OPTIONS[activation]
 
 
-@samples(linear.linear_act)
+@samples(linear.linear_act, degree=6)
 def linear_act_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for activation, params in _activations():
         yield make(5, 6), make(9, 6), make(9), activation, params, activation not in FROM_OUTPUT
@@ -45,7 +45,7 @@ def linear_act_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield make(3, 4), make(5, 4), None, "silu", [], False
 
 
-@samples(linear.gated_linear)
+@samples(linear.gated_linear, degree=8)
 def gated_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for activation, params in _activations():
         yield make(5, 6), make(9, 6), make(9, 6), make(9), make(9), activation, params, True
@@ -55,7 +55,7 @@ def gated_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield make(3, 4), make(5, 4), make(5, 4), None, make(5), "gelu", [], False
 
 
-@samples(linear.maxout_linear)
+@samples(linear.maxout_linear, degree=4)
 def maxout_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for lead, n, k in SHAPES:
         yield make(*lead, k), make(3 * n, k), make(3 * n), 3
@@ -63,7 +63,7 @@ def maxout_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield make(4, 6), make(10, 6), None, 5
 
 
-@samples(linear.linear_act_backward)
+@samples(linear.linear_act_backward, degree=6)
 def linear_act_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, activation, params, _ in linear_act_samples(make):
         y, pre = linear.linear_act.definition(x, weight, bias, activation, params, True)
@@ -73,7 +73,7 @@ def linear_act_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield make(3, 5), make(3, 4), make(5, 4), make(3, 5), "gelu", [], mask
 
 
-@samples(linear.gated_linear_backward)
+@samples(linear.gated_linear_backward, degree=8)
 def gated_linear_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight_gate, weight_up, bias_gate, bias_up, activation, params, _ in gated_linear_samples(make):
         _, gate, up = linear.gated_linear.definition(
@@ -86,7 +86,7 @@ def gated_linear_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield make(3, 5), make(3, 4), make(5, 4), make(5, 4), make(3, 5), make(3, 5), "silu", [], mask
 
 
-@samples(linear.maxout_linear_backward)
+@samples(linear.maxout_linear_backward, degree=4)
 def maxout_linear_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, num_pieces in maxout_linear_samples(make):
         y, index = linear.maxout_linear.definition(x, weight, bias, num_pieces)

@@ -13,7 +13,7 @@ from dlops.ops import norm
 from dlops.testing import Make, samples
 
 # Odd sizes, tile edges +-1, one element, empty, long rows, 1-d to 5-d.
-SHAPES = [(7,), (1, 1), (3, 5), (2, 0), (0, 8), (4, 127), (3, 128), (2, 129), (2, 3, 513), (1, 8193), (2, 1, 3, 2, 9)]
+SHAPES = [(7,), (1, 1), (9, 5), (2, 0), (0, 8), (9, 127), (9, 128), (9, 129), (3, 4, 513), (5, 8193), (2, 1, 3, 2, 9)]
 
 
 def _parameters(make: Make, *shapes: tuple[int, ...]) -> Iterator[tuple[Tensor | None, ...]]:
@@ -50,7 +50,7 @@ def add_layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield x, make(*x.shape), weight, bias, eps
 
 
-@samples(norm.rms_norm_backward)
+@samples(norm.rms_norm_backward, degree=6)
 def rms_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, eps in rms_norm_samples(make):
         rstd = norm.rms_norm.definition(x, weight, eps)[1]
@@ -60,7 +60,7 @@ def rms_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield make(3, 9), make(3, 9), make(9), make(3).float(), None, [True, False]
 
 
-@samples(norm.layer_norm_backward)
+@samples(norm.layer_norm_backward, degree=6)
 def layer_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, eps in layer_norm_samples(make):
         _, mean, rstd = norm.layer_norm.definition(x, weight, bias, eps)

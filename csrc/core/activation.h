@@ -101,7 +101,7 @@ struct Gelu {
   template <class F> DLOPS_HD F value(F x) const { return x * normal(x).cdf; }
   template <class F> DLOPS_HD F slope(F x) const {
     const Normal<F> n = normal(x);
-    return n.cdf + minimum(maximum(x, -20.0f), 20.0f) * n.bell * 0.39894228f;  // bell is 0 beyond
+    return n.cdf + minimum(maximum(x, -13.0f), 13.0f) * n.bell * 0.39894228f;
   }
 };
 
@@ -111,8 +111,10 @@ struct GeluTanh {  // 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.
   template <class F> DLOPS_HD F value(F x) const { return x * sigmoid(x * (x * x * 0.071354816f + 1.5957691f)); }
   template <class F> DLOPS_HD F slope(F x) const {
     const F v = minimum(maximum(x, -12.0f), 12.0f);  // the slope is 0 or 1 beyond, and x^3 stays finite
-    const F s = sigmoid(v * (v * v * 0.071354816f + 1.5957691f));
-    return s + v * s * (1.0f - s) * (v * v * 0.21406445f + 1.5957691f);
+    const F z = v * (v * v * 0.071354816f + 1.5957691f);
+    const F e = exp(-absolute(z));
+    const F inverse = 1.0f / (e + 1.0f);  // sigmoid(|z|); the other side is e times it, without cancellation
+    return vselect(z > 0, inverse, e * inverse) + v * (v * v * 0.21406445f + 1.5957691f) * (e * inverse * inverse);
   }
 };
 
@@ -141,7 +143,7 @@ struct Hardswish {
   DLOPS_HD explicit Hardswish(const float*) {}
   template <class F> DLOPS_HD F value(F x) const { return x * minimum(maximum(x + 3.0f, 0.0f), 6.0f) / 6.0f; }
   template <class F> DLOPS_HD F slope(F x) const {
-    return vselect(x <= -3, splat<F>(0), vselect(x < 3, x / 3.0f + 0.5f, splat<F>(1)));
+    return vselect(x <= -3, splat<F>(0), vselect(x >= 3, splat<F>(1), x / 3.0f + 0.5f));
   }
 };
 

@@ -77,7 +77,13 @@ DLOPS_HD vfloat narrow(vfloat v, float*) { return v; }
 DLOPS_HD vshort narrow(vfloat v, bfloat16*) {
   const vuint bits = (vuint)v;
   const vuint rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return __builtin_convertvector(vselect((vint)(v != v), vuint{} + 0x7fc0u, rounded), vshort);
+  const vuint result = vselect((vint)(v != v), vuint{} + 0x7fc0u, rounded);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)result), high = _mm256_extracti128_si256((__m256i)result, 1);
+  return (vshort)_mm_packus_epi32(low, high);
+#else
+  return __builtin_convertvector(result, vshort);
+#endif
 }
 
 DLOPS_HD vshort narrow(vfloat v, float16*) {

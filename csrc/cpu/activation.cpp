@@ -13,34 +13,45 @@ constexpr int64_t kRunRows = 32;  // rows added one after the other before their
 
 #define DLOPS_INLINE __attribute__((always_inline))
 
-template <class A>
+template <bool kStream>
+DLOPS_INLINE inline void put(float* p, vfloat v, auto lanes) {
+  if constexpr (kStream)
+    stream(p, v, lanes);
+  else
+    store(p, v, lanes);
+}
+
+template <class A, bool kStream>
 void value_chunk(const float* params, const float* x, float* y, int64_t n) {
   const A activation(params);
-  for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { store(y + j, activation.value(load(x + j, lanes)), lanes); });
+  for_lanes(n, [&](int64_t j, auto lanes)
+                   DLOPS_INLINE { put<kStream>(y + j, activation.value(load(x + j, lanes)), lanes); });
 }
 
 // dx = dy * slope(saved)
-template <class A>
+template <class A, bool kStream>
 void slope_chunk(const float* params, const float* dy, const float* saved, float* dx, int64_t n) {
   const A activation(params);
   for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE {
-    store(dx + j, load(dy + j, lanes) * activation.slope(load(saved + j, lanes)), lanes);
+    put<kStream>(dx + j, load(dy + j, lanes) * activation.slope(load(saved + j, lanes)), lanes);
   });
 }
 
+// The activation on a chunk of floats; [1] writes its result past the caches.
 struct Chunks {
   bool from_output;
-  void (*value)(const float* params, const float* x, float* y, int64_t n);
-  void (*slope)(const float* params, const float* dy, const float* saved, float* dx, int64_t n);
+  void (*value[2])(const float* params, const float* x, float* y, int64_t n);
+  void (*slope[2])(const float* params, const float* dy, const float* saved, float* dx, int64_t n);
 };
 
 template <class A>
-constexpr Chunks kChunksOf = {A::kFromOutput, value_chunk<A>, slope_chunk<A>};
+constexpr Chunks kChunksOf = {
+    A::kFromOutput, {value_chunk<A, false>, value_chunk<A, true>}, {slope_chunk<A, false>, slope_chunk<A, true>}};
 
 // In the order of Activation.
-constexpr Chunks kChunks[] = {kChunksOf<None>, kChunksOf<Step>,     kChunksOf<Sign>, kChunksOf<Relu>,
-                              kChunksOf<LeakyRelu>, kChunksOf<Elu>, kChunksOf<Sigmoid>, kChunksOf<Tanh>,
-                              kChunksOf<Gelu>, kChunksOf<GeluTanh>, kChunksOf<Silu>, kChunksOf<Relu2>,
+constexpr Chunks kChunks[] = {kChunksOf<None>,      kChunksOf<Step>, kChunksOf<Sign>,    kChunksOf<Relu>,
+                              kChunksOf<LeakyRelu>, kChunksOf<Elu>,  kChunksOf<Sigmoid>, kChunksOf<Tanh>,
+                              kChunksOf<Gelu>,      kChunksOf<GeluTanh>, kChunksOf<Silu>, kChunksOf<Relu2>,
                               kChunksOf<Hardswish>, kChunksOf<Mish>, kChunksOf<Softplus>};
 
 void multiply(const float* a, const float* b, float* out, int64_t n) {
@@ -119,29 +130,41 @@ T* at_output(void* base, const ActivationPass& p, const Segment& s) {
   return static_cast<T*>(base) + s.row * p.width + s.column;
 }
 
+// Where a chunk is computed: the output itself when it holds floats, else the buffer that write() then rounds.
+float* target(float* y, float*) { return y; }
+
+template <class T>
+float* target(T*, float* buffer) {
+  return buffer;
+}
+
 template <class T>
 void act_typed(const ActivationPass& p, int64_t begin, int64_t end) {
   const Chunks chunk = kChunks[int(p.activation)];
-  alignas(64) float x_buffer[kColumns], y[kColumns];
+  alignas(64) float x_buffer[kColumns], y_buffer[kColumns];
   for_segments(p, begin, end, kNothing, [&](const Segment& s) {
+    T* out = at_output<T>(p.out, p, s);
+    float* y = target(out, y_buffer);
     const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
-    chunk.value(p.params, x, y, s.count);
-    write(at_output<T>(p.out, p, s), y, s.count, p.stream);
+    chunk.value[y != y_buffer && p.stream && can_stream(out, 0)](p.params, x, y, s.count);
+    if (y == y_buffer) write(out, y, s.count, p.stream);
   }, kNothing, kNothing);
 }
 
 template <class T>
 void act_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
   const Chunks chunk = kChunks[int(p.activation)];
-  alignas(64) float x_buffer[kColumns], dy_buffer[kColumns], dx[kColumns];
+  alignas(64) float x_buffer[kColumns], dy_buffer[kColumns], dx_buffer[kColumns];
   BiasSum bias;
   for_segments(
       p, begin, end, [&] { if (p.dbias) bias.clear(); },
       [&](const Segment& s) {
         const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
         const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
-        chunk.slope(p.params, dy, x, dx, s.count);
-        write(at_output<T>(p.out, p, s), dx, s.count, p.stream);
+        T* out = at_output<T>(p.out, p, s);
+        float* dx = p.dbias ? dx_buffer : target(out, dx_buffer);  // the bias gradient sums what is not yet rounded
+        chunk.slope[dx != dx_buffer && p.stream && can_stream(out, 0)](p.params, dy, x, dx, s.count);
+        if (dx == dx_buffer) write(out, dx, s.count, p.stream);
         if (p.dbias) bias.add(dx, s.count);
       },
       [&] { if (p.dbias) bias.flush(); },
@@ -157,7 +180,7 @@ void gate_typed(const ActivationPass& p, int64_t begin, int64_t end) {
   for_segments(p, begin, end, kNothing, [&](const Segment& s) {
     const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
     const float* up = read(at<T>(p.up, p.up_stride, s), up_buffer, s.count);
-    chunk.value(p.params, x, y, s.count);
+    chunk.value[0](p.params, x, y, s.count);
     multiply(y, up, y, s.count);
     write(at_output<T>(p.out, p, s), y, s.count, p.stream);
   }, kNothing, kNothing);
@@ -178,9 +201,9 @@ void gate_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
         const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
         const float* up = read(at<T>(p.up, p.up_stride, s), up_buffer, s.count);
         const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
-        chunk.value(p.params, x, y, s.count);
+        chunk.value[0](p.params, x, y, s.count);
         multiply(dy, up, dx, s.count);
-        chunk.slope(p.params, dx, chunk.from_output ? y : x, dx, s.count);
+        chunk.slope[0](p.params, dx, chunk.from_output ? y : x, dx, s.count);
         multiply(dy, y, y, s.count);
         write(at_output<T>(p.out, p, s), dx, s.count, p.stream);
         write(at_output<T>(p.out_up, p, s), y, s.count, p.stream);

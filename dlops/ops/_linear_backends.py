@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlops import backend
-from dlops._op import Op, as_rows
-from dlops.ops.activation import activate, activate_backward
+from dlops._op import Op, acc, as_rows, sum_rows
+from dlops.ops.activation import FROM_OUTPUT, activate, activate_backward
 
 # oneDNN's names for the activations that its inner product fuses, and their parameters after torch's.
 _ONEDNN = {
@@ -148,10 +148,11 @@ def _vendor_linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], save: bool
 ) -> tuple[Tensor, Tensor]:
     if activation == "none" or save:
-        pre = F.linear(x, weight, bias) if x.is_cuda else _onednn(x, weight, bias, "none", [])
+        pre = _library_product(x, weight, bias)
         return (activate(pre, activation, params) if save else pre), pre if save else x.new_empty(0)
     if x.is_cuda:
-        y = torch._addmm_activation(bias, as_rows(x), weight.t(), use_gelu=_CUBLASLT[activation])  # type: ignore[arg-type]
+        assert bias is not None
+        y = torch._addmm_activation(bias, as_rows(x), weight.t(), use_gelu=_CUBLASLT[activation])
         return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
     return _onednn(x, weight, bias, activation, params), x.new_empty(0)
 
@@ -166,15 +167,8 @@ def _vendor_linear_act_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     dpre = activate_backward(dy, saved, activation, params)
-    rows = as_rows(dpre)
-    dx = dweight = dbias = x.new_empty(0)
-    if output_mask[0]:
-        dx = _onednn(dpre, weight.t(), None, "none", [])
-    if output_mask[1]:
-        dweight = _onednn(rows.t(), as_rows(x).t(), None, "none", [])
-    if output_mask[2]:
-        dbias = rows.sum(0)
-    return dx, dweight, dbias
+    dbias = sum_rows(acc(dpre)).to(x.dtype) if output_mask[2] else x.new_empty(0)
+    return *_vendor_products(dpre, x, weight, output_mask), dbias
 
 
 def _vendor_gated_linear(
@@ -187,9 +181,43 @@ def _vendor_gated_linear(
     params: list[float],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if save:
+        gate, up = _onednn(x, weight_gate, bias_gate, "none", []), _onednn(x, weight_up, bias_up, "none", [])
+        return activate(gate, activation, params) * up, gate, up
     act = _onednn(x, weight_gate, bias_gate, activation, params)
     y = torch.ops.mkldnn._linear_pointwise.binary(x, act, weight_up, bias_up, "mul")
     return y, x.new_empty(0), x.new_empty(0)
+
+
+def _vendor_gated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    params: list[float],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    act = activate(gate, activation, params)
+    dgate = activate_backward(dy * up, act if activation in FROM_OUTPUT else gate, activation, params)
+    dup = dy * act
+    dx_gate, dweight_gate = _vendor_products(dgate, x, weight_gate, output_mask)
+    dx_up, dweight_up = _vendor_products(dup, x, weight_up, [output_mask[0], output_mask[2]])
+    dbias_gate = sum_rows(acc(dgate)).to(x.dtype) if output_mask[3] else x.new_empty(0)
+    dbias_up = sum_rows(acc(dup)).to(x.dtype) if output_mask[4] else x.new_empty(0)
+    return dx_gate + dx_up, dweight_gate, dweight_up, dbias_gate, dbias_up
+
+
+def _vendor_products(dpre: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
+    dx = _library_product(dpre, weight.t(), None) if output_mask[0] else x.new_empty(0)
+    dweight = _library_product(as_rows(dpre).t(), as_rows(x).t(), None) if output_mask[1] else x.new_empty(0)
+    return dx, dweight
+
+
+def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if x.is_cuda else _onednn(x, weight, bias, "none", [])
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float]) -> Tensor:
@@ -200,7 +228,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, par
 
 def _refuses_onednn(x: Tensor, weight: Tensor, activation: str) -> str | None:
     if x.device.type != "cpu":
-        return "its calls exist for CPU and CUDA tensors only"
+        return f"oneDNN runs on CPU tensors, got one on {x.device}"
     if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return f"oneDNN's fused linear is used for float32 only, got {x.dtype}"
     if activation not in _ONEDNN:
@@ -223,22 +251,16 @@ def _refuses_vendor_linear_act(
 def _refuses_vendor_linear_act_backward(
     dy: Tensor, x: Tensor, weight: Tensor, *others: Any
 ) -> str | None:
-    return "no library call fuses it on a GPU" if x.is_cuda else _refuses_onednn(x, weight, "none")
+    return None if x.is_cuda else _refuses_onednn(x, weight, "none")
 
 
-def _refuses_vendor_gated_linear(
-    x: Tensor,
-    weight_gate: Tensor,
-    weight_up: Tensor,
-    bias_gate: Tensor | None,
-    bias_up: Tensor | None,
-    activation: str,
-    params: list[float],
-    save: bool,
-) -> str | None:
-    if x.is_cuda or save:
-        return "no library call fuses it on a GPU, or with its two products kept for the backward"
-    return _refuses_onednn(x, weight_gate, activation)
+def _refuses_vendor_gated_linear(x: Tensor, weight_gate: Tensor, *others: Any) -> str | None:
+    activation, save = others[-3], others[-1]
+    return _refuses_onednn(x, weight_gate, "none" if save else activation)
+
+
+def _refuses_vendor_gated_linear_backward(dy: Tensor, x: Tensor, weight_gate: Tensor, *others: Any) -> str | None:
+    return _refuses_onednn(x, weight_gate, "none")
 
 
 _CPU = {
@@ -253,6 +275,7 @@ _VENDOR = {
     "linear_act": (_vendor_linear_act, _refuses_vendor_linear_act),
     "linear_act_backward": (_vendor_linear_act_backward, _refuses_vendor_linear_act_backward),
     "gated_linear": (_vendor_gated_linear, _refuses_vendor_gated_linear),
+    "gated_linear_backward": (_vendor_gated_linear_backward, _refuses_vendor_gated_linear_backward),
 }
 
 

@@ -96,7 +96,7 @@ def linear_act_backward(
     """Gradients of :func:`linear_act`; ``saved`` is y for the activations of ``FROM_OUTPUT``, else pre."""
     dpre = activate_backward(dy, saved, activation, params)
     dbias = sum_rows(acc(dpre)).to(x.dtype) if output_mask[2] else x.new_empty(0)
-    return *_products(dpre, x, weight, output_mask), dbias.clone() if dbias is dpre else dbias
+    return *_products(dpre, x, weight, output_mask), dbias
 
 
 @op(returns=("y", "gate", "up"), check=_check_gated_linear, autocast=AUTOCAST)

@@ -229,8 +229,9 @@ def _vendor_layer_norm_backward(
     dsum: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    bias = x.new_empty(x.shape[-1:]) if output_mask[2] else None  # its values play no part
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean[..., None], rstd[..., None], weight, weight, output_mask
+        dy, x, x.shape[-1:], mean[..., None], rstd[..., None], weight, bias, output_mask
     )
     return _given(dx, dsum, x), _given(dweight, None, x), _given(dbias, None, x)
 
@@ -246,9 +247,7 @@ def _refuses_vendor_rms_norm(*args: Any) -> str | None:
 
 
 def _refuses_vendor_layer_norm(*args: Any) -> str | None:
-    if args[0].is_cuda or args[0].dtype in (torch.float32, torch.float64):
-        return None
-    return "torch's CPU layer_norm keeps the statistics of a half-precision input in half precision"
+    return None if args[0].is_cuda else "torch's CPU layer_norm exceeds the error ratio (up to 46, docs/numerics.md)"
 
 
 def _rule(*args: Any) -> Sequence[str]:

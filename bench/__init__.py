@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench --help``. A module here that declares cases with ``@case`` is found by itself."""

@@ -1,0 +1,14 @@
+// What device code needs from its runtime. A host runtime for CUDA sources replaces this header's macros alone.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#define DLOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+
+// The block's dynamic shared memory as an array of type, 16-byte aligned.
+#define DLOPS_DYNAMIC_SHARED(type, name)                    \
+  extern __shared__ __align__(16) unsigned char name##_[]; \
+  type* name = reinterpret_cast<type*>(name##_)
+#endif

@@ -1,0 +1,541 @@
+"""patch and unpatch: what is swapped, what is fused, what is left alone, and that nothing else changes."""
+
+import copy
+import io
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import dlops
+from dlops.nn.fused import FusedActivation
+from dlops.patch import Report, patch, unpatch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+timm = pytest.importorskip("timm")
+
+
+class FeedForward(nn.Module):
+    """The plain case; the variants below differ in the forward alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act, self.drop = nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.1)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.act(self.fc(self.norm(x)))))
+
+
+# Feed-forwards to fuse
+
+
+class Settings(FeedForward):
+    """Optional arguments and modes that do not change what becomes of the linear's output; a helper method."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scaled: bool = False) -> Tensor:
+        x = self.hidden(x) if mask is None else self.hidden(x) * mask
+        if self.training or scaled:
+            x = x * 2
+        return self.out(x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(x))
+
+
+class Keeps(FeedForward):
+    """Stores its result, which a trace must not leave behind; and reads the weight of the linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.act(self.fc(x)) + self.fc.weight.sum()
+        return self.out(self.last)
+
+
+class Lists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.SiLU()) for _ in range(2)])
+        self.acts = nn.ModuleDict({"relu": nn.ReLU(inplace=True)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.acts["relu"](layer(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def sequential(*activations: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(module for act in activations for module in (nn.Linear(8, 8), act)))
+
+
+def one_activation() -> nn.Sequential:
+    act = nn.Tanh()
+    return sequential(act, act)
+
+
+def tied() -> nn.Sequential:
+    model = sequential(nn.Mish(), nn.Sigmoid())
+    model[2].weight = model[0].weight
+    return model
+
+
+TINY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 16}
+
+
+def bert(act: str) -> nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**TINY, hidden_act=act))
+
+
+def bert_intermediate() -> nn.Module:
+    return bert("gelu").encoder.layer[0].intermediate
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaModel(transformers.LlamaConfig(**TINY, attn_implementation="eager"))
+
+
+def vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3, drop_rate=0.1)
+
+
+FLOATS = lambda: torch.randn(3, 8)  # noqa: E731
+TOKENS = lambda: torch.randint(16, (2, 5))  # noqa: E731
+IMAGES = lambda: torch.randn(2, 3, 8, 8)  # noqa: E731
+
+PLAIN = {"Linear -> gelu": 1, "LayerNorm": 1, "Linear": 1}
+BERT = {"Linear -> tanh": 1, "Linear": 10, "LayerNorm": 5}
+
+
+def nested() -> nn.Module:
+    return nn.Sequential(FeedForward(), sequential(nn.ReLU()))
+
+
+def norms() -> nn.Module:
+    return nn.Sequential(nn.RMSNorm(8), nn.LayerNorm(8, bias=False))
+
+
+# name: (model, input, replaced per kind)
+FUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, int]]] = {
+    "feed-forward": (FeedForward, FLOATS, PLAIN),
+    "settings": (Settings, FLOATS, PLAIN),
+    "lists": (Lists, FLOATS, {"Linear -> silu": 2, "Linear -> relu": 2}),
+    "one activation for two": (one_activation, FLOATS, {"Linear -> tanh": 2}),
+    "tied weights": (tied, FLOATS, {"Linear -> mish": 1, "Linear -> sigmoid": 1}),
+    "nested": (nested, FLOATS, {**PLAIN, "Linear -> relu": 1}),
+    "norms": (norms, FLOATS, {"RMSNorm": 1, "LayerNorm": 1}),
+    "BertIntermediate": (bert_intermediate, FLOATS, {"Linear -> gelu": 1}),
+    "Bert": (lambda: bert("gelu"), TOKENS, {**BERT, "Linear -> gelu": 2}),
+    "Bert gelu_new": (lambda: bert("gelu_new"), TOKENS, {**BERT, "Linear -> gelu_tanh": 2}),
+    "Llama": (llama, TOKENS, {"Linear -> silu": 2, "Linear": 12}),
+    "timm ViT": (vit, IMAGES, {"Linear -> gelu": 2, "Linear": 7}),
+}
+ACTIVATIONS = [
+    nn.GELU(),
+    nn.GELU(approximate="tanh"),
+    nn.ReLU(),
+    nn.ReLU(inplace=True),
+    nn.SiLU(inplace=True),
+    nn.Tanh(),
+    nn.Sigmoid(),
+    nn.LeakyReLU(0.3),
+    nn.ELU(alpha=0.7),
+    nn.Mish(),
+    nn.Hardswish(),
+    nn.Softplus(beta=2.0, threshold=1.0),
+]
+HF_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+                  "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+                  "mish": "mish", "relu2": "relu2", "silu": "silu", "swish": "silu", "relu": "relu"}  # fmt: skip
+
+# Lookalikes
+
+
+def variant(forward: Callable[..., object], **methods: Callable[..., object]) -> Callable[[], nn.Module]:
+    """A FeedForward class with another forward."""
+    return type("Variant", (FeedForward,), {"forward": forward, **methods})
+
+
+def store(self: FeedForward, x: Tensor) -> Tensor:
+    self.hidden = self.fc(x)
+    return self.act(self.hidden)
+
+
+class ReachesIn(nn.Module):
+    """Calls the linear of its child by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = FeedForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x) + self.ff.fc(x)
+
+
+class ReachesInByName(ReachesIn):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x) + self.get_submodule("ff.fc")(x)
+
+
+class Iterates(nn.Module):
+    """Taps a Sequential's intermediate values, in a forward that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        taps = [x] if x.sum() > 1e9 else []
+        for module in self.net:
+            taps.append(x := module(x))
+        return taps
+
+
+class SharedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        self.b = nn.Sequential(self.a[0], nn.LayerNorm(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def overridden() -> nn.Module:
+    model = FeedForward()
+    model.forward = lambda x: (h := model.fc(x)) + model.act(h)
+    return model
+
+
+def hooked(which: str, register: str) -> nn.Module:
+    model = FeedForward()
+    getattr(getattr(model, which), register)(lambda *_: None)
+    return model
+
+
+# name: (model, what the reason says)
+LOOKALIKES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dropout between": (variant(lambda self, x: self.act(self.drop(self.fc(x)))), "input comes from Dropout"),
+    "dropout between in Sequential": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.GELU()), "Dropout"),
+    "residual": (variant(lambda self, x: self.act(h := self.fc(x)) + h), "also used by .*add"),
+    "in place residual": (variant(lambda self, x: self.act(h := self.fc(x)) + h.mul_(2)), "also used by mul_"),
+    "tap": (variant(lambda self, x: (self.act(h := self.fc(x)), h)), "also used by the result"),
+    "stored tap": (variant(store), "keeps the linear's output"),
+    "reused linear": (variant(lambda self, x: self.act(self.fc(self.act(self.fc(x))))), "called more than once"),
+    "activation elsewhere": (variant(lambda self, x: self.act(self.fc(x)) + self.act(x)), "from an argument"),
+    "two activations": (variant(lambda self, x: self.act(self.act(self.fc(x)))), "input comes from GELU"),
+    "in training": (variant(lambda self, x: self.act(h := self.fc(x)) + (h if self.training else 0)), "also used by"),
+    "in evaluation": (variant(lambda self, x: self.act(h := self.fc(x)) + (0 if self.training else h)), "also used by"),
+    "no mask": (variant(lambda self, x, m=None: self.act(h := self.fc(x)) + (h if m is None else m)), "also used by"),
+    "mask": (variant(lambda self, x, m=None: self.act(h := self.fc(x)) + (0 if m is None else h)), "also used by"),
+    "on request": (variant(lambda self, x, tap=False: self.act(h := self.fc(x)) + (h if tap else 0)), "also used by"),
+    "data": (variant(lambda self, x: self.act(self.fc(x)) if x.sum() > 0 else self.fc(x)), "cannot be traced"),
+    "chance": (variant(lambda self, x: self.act(self.fc(x) if random.random() < 0.99 else x)), "random numbers"),
+    "chance of torch": (
+        variant(lambda self, x: self.act(self.fc(x) if torch.rand(()) < 0.99 else x)),
+        "random numbers",
+    ),
+    "two methods": (variant(FeedForward.forward, embed=lambda self, x: self.fc(x)), "several methods"),
+    "function": (variant(lambda self, x: nn.functional.gelu(self.fc(x))), "is a function"),
+    "parent reaches in": (ReachesIn, "ReachesIn.forward calls ff.fc itself"),
+    "parent reaches in by name": (ReachesInByName, "calls ff.fc itself|cannot be traced"),
+    "parent iterates": (Iterates, "cannot be traced"),
+    "shared linear": (SharedLinear, "called by 2 modules"),
+    "overridden parent": (overridden, "overridden on the instance"),
+    "hook on the linear": (lambda: hooked("fc", "register_forward_hook"), "hooks"),
+    "backward hook on the linear": (lambda: hooked("fc", "register_full_backward_hook"), "hooks"),
+    "hook on the activation": (lambda: hooked("act", "register_forward_pre_hook"), "hooks"),
+}
+
+
+def run(model: nn.Module, x: Tensor, **arguments: object) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of all parameters, from a fixed seed."""
+    torch.manual_seed(1)
+    random.seed(1)
+    result = model(x, **arguments)
+    outputs = [result] if isinstance(result, Tensor) else [y for y in tuple(result) if isinstance(y, Tensor)]
+    if isinstance(result, transformers.utils.ModelOutput):
+        outputs = [y for y in result.values() if isinstance(y, Tensor)]
+    loss = torch.stack([(y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs]).sum()
+    return outputs, list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+
+def assert_same(model: nn.Module, reference: nn.Module, x: Tensor, **arguments: object) -> None:
+    for training in (False, True):
+        actual, expected = run(model.train(training), x, **arguments), run(reference.train(training), x, **arguments)
+        torch.testing.assert_close(actual, expected)
+
+
+def inventory(model: nn.Module) -> dict[str, tuple[type, frozenset[str]]]:
+    """The type and instance attributes of every module."""
+    return {name: (type(module), frozenset(vars(module))) for name, module in model.named_modules()}
+
+
+def fused(report: Report) -> list[str]:
+    return [entry.kind for entry in report.replaced if "->" in entry.kind]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_patched_model_is_the_same_model(name: str) -> None:
+    build, make, counts = FUSED[name]
+    model, x = build(), make()
+    reference, before, state = copy.deepcopy(model), inventory(model), dict(model.state_dict(keep_vars=True))
+    report = patch(model)
+    assert report.counts == counts, str(report)
+    assert_same(model, reference, x)
+    assert all(value is state[key] for key, value in model.state_dict(keep_vars=True).items())
+    assert model.state_dict().keys() == state.keys()
+
+    patched = inventory(model)
+    assert not patch(model).replaced, "a second patch has nothing to do"
+    assert inventory(model) == patched
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert unpatch(model) > 0
+    unpatch(reference)
+    for m in (model, *copies):
+        if m is not model:
+            assert {k: v[0] for k, v in inventory(m).items()} == {k: v[0] for k, v in patched.items()}
+            assert_same(m, reference, x)
+            unpatch(m)
+        assert inventory(m) == before
+        assert_same(m, reference, x)
+    assert unpatch(model) == 0
+
+
+def test_optional_arguments_of_a_fused_parent() -> None:
+    model = Settings()
+    reference = copy.deepcopy(model)
+    assert fused(patch(model)) == ["Linear -> gelu"]
+    assert_same(model, reference, torch.randn(3, 8), mask=torch.randn(3, 8), scaled=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations_in_sequential(activation: nn.Module) -> None:
+    model = sequential(copy.deepcopy(activation), copy.deepcopy(activation))
+    reference = copy.deepcopy(model)
+    report = patch(model)
+    assert len(fused(report)) == len(report) == 2
+    assert [type(module) for module in model] == [dlops.nn.LinearAct, FusedActivation] * 2
+    assert type(activation).__name__ in repr(model)
+    assert_same(model, reference, torch.randn(5, 8) * 2)
+
+
+@pytest.mark.parametrize("name", HF_ACTIVATIONS)
+def test_transformers_activations(name: str) -> None:
+    model = sequential(transformers.activations.ACT2FN[name])
+    reference = copy.deepcopy(model)
+    assert fused(patch(model)) == [f"Linear -> {HF_ACTIVATIONS[name]}"]
+    assert_same(model, reference, torch.randn(5, 8) * 2)
+
+
+@pytest.mark.parametrize("act", [nn.CELU(), nn.GLU(), nn.Softmax(-1), transformers.activations.QuickGELUActivation()])
+def test_other_activations_are_left_alone(act: nn.Module) -> None:
+    model = sequential(act)
+    assert patch(model).counts == {"Linear": 1}
+    assert type(model[1]) is type(act)
+
+
+def test_timm_mlp_with_dropout_after() -> None:
+    model = timm.layers.Mlp(8, 16, drop=0.2)
+    reference = copy.deepcopy(model)
+    assert patch(model).counts == {"Linear -> gelu": 1, "Linear": 1}
+    assert type(model.fc1) is dlops.nn.LinearAct
+    assert_same(model, reference, torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_lookalikes_are_left_alone(name: str) -> None:
+    build, reason = LOOKALIKES[name]
+    model, x = build(), torch.randn(3, 8)
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    others = {n: t for n, t in inventory(model).items() if t[0] not in (nn.Linear, nn.LayerNorm)}
+    reference = copy.deepcopy(model) if name != "overridden parent" else build()
+    reference.load_state_dict(model.state_dict())
+    report = patch(model)
+    assert not fused(report), str(report)
+    (entry,) = [e for e in report.skipped if "->" in e.kind]
+    assert re.search(reason, entry.reason), entry
+    assert all(type(linear) is dlops.nn.Linear for linear in linears)
+    assert {n: t for n, t in inventory(model).items() if n in others} == others
+    assert_same(model, reference, x)
+
+
+def test_tracing_leaves_no_trace() -> None:
+    model = Keeps()
+    model(torch.randn(3, 8))
+    last, state = model.last, (random.getstate(), torch.get_rng_state())
+    assert fused(patch(model)) == ["Linear -> gelu"]
+    assert model.last is last
+    assert model.training
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+    patch(chance := LOOKALIKES["chance"][0]())
+    assert random.getstate() == state[0]
+    assert chance.training
+
+
+class MyLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Quantised(nn.Parameter):
+    pass
+
+
+def test_only_ordinary_modules_of_the_exact_type_are_swapped() -> None:
+    overridden, quantised = nn.Linear(2, 2), nn.Linear(2, 2)
+    overridden.forward = lambda x: x
+    quantised.weight = Quantised(torch.zeros(2, 2))
+    model = nn.ModuleDict(
+        {
+            "subclass": MyLinear(2, 2),
+            "overridden": overridden,
+            "quantised": quantised,
+            "parametrized": parametrizations.weight_norm(nn.Linear(2, 2)),
+            "lazy": nn.LazyLinear(2),
+            "namesake": RMSNorm(),
+            "own": dlops.nn.Linear(2, 2),
+            "plain": nn.Linear(2, 2),
+            "conv": nn.Conv1d(1, 1, 1),
+        }
+    )
+    before = inventory(model)
+    report = patch(model)
+    assert [entry.name for entry in report.replaced] == ["plain"]
+    reasons = {entry.name: entry.reason for entry in report.skipped}
+    assert set(reasons) == set(model) - {"plain", "conv"}
+    assert "MyLinear is not torch.nn.Linear" in reasons["subclass"]
+    assert "overridden" in reasons["overridden"]
+    assert reasons["quantised"] == "its weight is a Quantised"
+    assert "RMSNorm is not torch.nn.RMSNorm" in reasons["namesake"]
+    assert "already" in reasons["own"]
+    after = inventory(model)
+    assert {name for name in before if before[name][0] is not after[name][0]} == {"plain"}
+    assert unpatch(model) == 1
+    assert inventory(model) == before
+
+
+def test_report_prints_counts_and_reasons() -> None:
+    dropout = LOOKALIKES["dropout between"][0]
+    report = patch(nn.Sequential(FeedForward(), dropout(), dropout()))
+    assert len(list(report)) == len(report) == len(report.replaced) + len(report.skipped)
+    text = str(report)
+    assert text.startswith("dlops.patch: 9 replaced, 2 skipped")
+    assert "1  Linear -> gelu\n" in text
+    assert "2  Linear -> gelu: the activation's input comes from Dropout, not from a Linear (1.act, ...)" in text
+
+
+def test_a_model_that_is_one_module() -> None:
+    model = nn.Linear(3, 4)
+    assert patch(model).counts == {"Linear": 1}
+    assert type(model) is dlops.nn.Linear
+    unpatch(model)
+    assert type(model) is nn.Linear
+
+
+def test_shared_modules_are_handled_once() -> None:
+    block = FeedForward()
+    model = nn.Sequential(block, block)
+    reference = copy.deepcopy(model)
+    assert len(patch(model)) == 3
+    assert_same(model, reference, torch.randn(3, 8))
+    assert unpatch(model) == 4
+
+
+def test_hooks_stay_and_fire() -> None:
+    model, seen = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), []
+    for module in model:
+        module.register_forward_hook(lambda m, args, y: seen.append(type(m)))
+        module.register_full_backward_hook(lambda m, dx, dy: seen.append(type(m)))
+    patch(model)
+    model(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    assert seen == [dlops.nn.Linear, dlops.nn.LayerNorm, dlops.nn.LayerNorm, dlops.nn.Linear]
+
+
+def test_a_pair_is_fused_once_its_hooks_are_gone() -> None:
+    model = FeedForward()
+    hook = model.fc.register_forward_hook(lambda *_: None)
+    before = inventory(model)
+    assert not fused(patch(model))
+    hook.remove()
+    assert patch(model).counts == {"Linear -> gelu": 1}
+    unpatch(model)
+    assert inventory(model) == before
+
+
+def test_optimizer_continues() -> None:
+    model = FeedForward()
+    reference = copy.deepcopy(model)
+    x = torch.randn(16, 8)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, reference)]
+
+    def step() -> None:
+        for m, optimizer in zip((model, reference), optimizers, strict=True):
+            torch.manual_seed(2)
+            optimizer.zero_grad()
+            (m(x) - 1).square().mean().backward()
+            optimizer.step()
+
+    step()
+    patch(model)
+    step()
+    unpatch(model)
+    step()
+    torch.testing.assert_close(model.state_dict(), reference.state_dict())
+
+
+def test_pickle_loads_in_a_fresh_process(tmp_path: Path) -> None:
+    model, x = nn.Sequential(bert_intermediate(), sequential(nn.ELU(0.5)), nn.LayerNorm(8)), torch.randn(2, 8)
+    model[1][0] = nn.Linear(16, 8)
+    expected = model(x)
+    assert len(fused(patch(model))) == 2
+    torch.save((model, x, expected), tmp_path / "model.pt")
+    script = """
+import sys, torch
+model, x, expected = torch.load(sys.argv[1], weights_only=False)
+assert type(model[1][0]).__name__ == "LinearAct"
+torch.testing.assert_close(model(x), expected)
+import dlops.patch
+assert sys.modules["dlops.patch"].unpatch(model) == 5
+assert type(model[1][0]) is torch.nn.Linear and type(model[0].intermediate_act_fn).__name__ == "GELUActivation"
+torch.testing.assert_close(model(x), expected)
+"""
+    paths = [str(Path(dlops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, env=environment)
+
+
+def test_state_dict_loads_both_ways() -> None:
+    model, plain = FeedForward(), FeedForward()
+    patch(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    plain.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True), strict=True)
+    assert_same(model, plain, torch.randn(3, 8))
+    model.load_state_dict(FeedForward().state_dict(), strict=True)
+
+
+def test_patched_model_compiles_without_graph_breaks() -> None:
+    model = FeedForward()
+    expected = run(model, x := torch.randn(3, 8))
+    patch(model)
+    torch.testing.assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager"), x), expected)
