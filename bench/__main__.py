@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = runner.Settings(args.seconds, rivals=not args.only_eager)
         for _ in runner.run(todo, run, settings, lambda text: progress.update(task, description=text)):
             progress.advance(task)
+            progress.update(task, description="measured")
             if path:
                 run.save(path)  # after every case: a run that is cut short keeps what it measured
     console.print(report.render(run))

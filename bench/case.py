@@ -132,7 +132,7 @@ def discover() -> dict[str, Case]:
 
 
 def select(names: Sequence[str]) -> list[Case]:
-    """The cases that any of ``names`` (of a case, of a family, or patterns such as ``"linear_*"``) selects; all without.
+    """The cases that ``names`` select: a case's, a family's, or a pattern such as ``"linear_*"``; all without names.
 
     Raises:
         ValueError: a name that selects nothing.

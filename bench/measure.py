@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 Call = Callable[[], Any]
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+LONG = 10.0  # seconds after which 3 rounds are enough
 
 
 def rounds(contenders: dict[str, Call], device: str, seconds: float, batch: int = 1) -> dict[str, list[float]]:
@@ -38,7 +39,7 @@ def rounds(contenders: dict[str, Call], device: str, seconds: float, batch: int 
             for name, ms in measured.items():
                 times[name].append(ms)
             spent = time.perf_counter() - started
-            if i + 1 >= MIN_ROUNDS and spent + spent / (i + 1) > seconds:
+            if i + 1 >= (MIN_ROUNDS if spent < LONG else 3) and spent + spent / (i + 1) > seconds:
                 break
     return times
 

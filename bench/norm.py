@@ -29,7 +29,7 @@ def _inputs(device: torch.device, dtype: torch.dtype, rows: int, width: int, vec
 def _problem(
     ours: Callable[..., Any], eager: Callable[..., Any], args: tuple[Tensor, ...], peers: dict[str, Any], adds: bool
 ) -> Problem:
-    """Forward reads x and writes y, backward reads dy and x and writes dx; with the residual add, a stream more each."""
+    """Forward reads x and writes y, backward reads dy and x and writes dx; a residual add has one more of each."""
     size = args[0].nbytes
     passes = (4, 8) if adds else (2, 5)
     return Problem(

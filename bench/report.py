@@ -79,7 +79,7 @@ SMALL_HEADERS = ["case", "shape", "dtype", "pass", "backend", "dlops us", "eager
 def small_cells(row: Row) -> list[str]:
     ours, eager = row.ms["dlops"] * 1e3, row.ms["eager"] * 1e3
     names = [row.case, row.shape, SHORT[row.dtype], SHORT[row.direction], row.backend]
-    return [*names, f"{ours:.1f}", f"{eager:.1f}", f"{ours - eager:+.1f}"]
+    return [*names, f"{ours:.1f}", f"{eager:.1f}", f"{row.added_us:+.1f}"]
 
 
 def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
@@ -104,7 +104,7 @@ def summary(run: Run) -> list[str]:
 
 
 LEGEND = (
-    "ms: median ± half the interquartile range; speedups: median over rounds of paired ratios, the contenders interleaved. "
+    "ms: median ± half the interquartile range; speedups: median over rounds of paired ratios, contenders interleaved. "
     "rate and roofline: dlops' fewest bytes or FLOPs, against this run's ceilings (over 100%: it fits in cache). "
     "peak MB: dlops/eager/compile beyond what was held before (CPU: torch.profiler's allocations; "
     "GPU: torch.cuda.max_memory_allocated). Small shapes: the host's time per call."
@@ -204,31 +204,35 @@ def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{lines}</table>"
 
 
-def _bars(rows: Sequence[Row], title: str, bars: dict[str, list[float]], colours: dict[str, str]) -> "Figure":
-    """A group of horizontal bars per row, the first row on top."""
+def _bars(
+    rows: Sequence[Row], title: str, bars: dict[str, list[float]], colours: dict[str, str], start: float = 0
+) -> "Figure":
+    """A group of horizontal bars per row, the first row on top; they begin at ``start``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.2 * len(rows) * (1 + len(bars))))
     axes = figure.subplots()
     height = 0.8 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
+        widths = [value - start for value in values]
         places = [place + (i - (len(bars) - 1) / 2) * height for place in range(len(rows))]
-        axes.barh(places, values, height, label=name, color=colours[name])
+        axes.barh(places, widths, height, left=start, label=name, color=colours[name])
     axes.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(y=0.02)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     if len(bars) > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(bars), frameon=False, fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(bars), frameon=False, fontsize=9)
     return figure
 
 
 def _speedups(rows: Sequence[Row]) -> "Figure":
     ratios = {f"vs {rival}": [row.speedup.get(rival, math.nan) for row in rows] for rival in ("eager", "compile")}
     colours = {"vs eager": "#3b6ea5", "vs compile": "#e0a030"}
-    figure = _bars(rows, "Speedup of dlops (log scale; 1 is equal)", ratios, colours)
+    figure = _bars(rows, "Speedup of dlops (log scale; 1 is equal)", ratios, colours, start=1)
     axes = figure.axes[0]
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}x")
@@ -248,8 +252,9 @@ def _rooflines(rows: Sequence[Row]) -> "Figure":
 def _memory(rows: Sequence[Row]) -> "Figure":
     colours = {"dlops": "#3b6ea5", "eager": "#999999", "compile": "#e0a030"}
     values = {name: [row.memory.get(name, math.nan) / 1e6 for row in rows] for name in CONTENDERS}
-    figure = _bars(rows, "Peak memory beyond what was held before, MB (log scale)", values, colours)
+    figure = _bars(rows, "Peak memory beyond what was held before, MB (log scale)", values, colours, start=0.01)
     figure.axes[0].set_xscale("log")
+    figure.axes[0].xaxis.set_major_formatter("{x:g}")
     return figure
 
 

@@ -24,6 +24,7 @@ class Row:
         roofline: the time that the bytes or FLOPs take at this run's ceilings, over dlops' time.
         bound: which of the two takes longer, ``"bytes"`` or ``"flops"``.
         memory: bytes, by contender: the peak beyond what was held before.
+        added_us: the median over rounds of dlops' time less eager's, in microseconds.
         difference: the largest over outputs (gradients) of max|dlops - eager| / max|eager|.
         errors: contenders that could not run, and why.
     """
@@ -45,6 +46,7 @@ class Row:
     bound: str
     memory: dict[str, int]
     difference: float
+    added_us: float
     graph_ms: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     note: str = ""

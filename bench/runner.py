@@ -36,7 +36,7 @@ def run(jobs: Iterable[Job], into: Run, settings: Settings, say: Say) -> Iterato
                 into.rows.append(_row(job, direction, into.ceilings, settings, say))
         except Unavailable as reason:
             into.skipped[str(job)] = str(reason)
-        except Exception as error:  # noqa: BLE001 - the other cases still run
+        except Exception as error:
             into.failures[str(job)] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         if job.device == "cuda":
             torch.cuda.empty_cache()
@@ -84,6 +84,7 @@ def _row(job: Job, direction: str, ceilings: dict[str, Any], settings: Settings,
             bound="bytes" if byte_time >= flop_time else "flops",
             memory={name: measure.peak_memory(call, job.device) for name, call in calls.items()},
             difference=difference,
+            added_us=1e3 * measure.median([a - b for a, b in zip(samples["dlops"], samples["eager"], strict=True)]),
             graph_ms=_graph_ms(calls, settings.seconds, errors) if job.device == "cuda" else {},
             errors=errors,
             note=problem.note() if problem.note and direction == "forward" and not job.small else "",
@@ -113,14 +114,12 @@ def _step(function: Callable[..., Any], args: tuple[Tensor, ...], grads: list[Te
 
 
 def _warm_up(calls: dict[str, measure.Call], errors: dict[str, str]) -> None:
-    """Call every contender twice; drop the rivals that cannot run, keeping why."""
-    for name in list(calls):
+    """Call the rivals (dlops and eager have run already); drop those that cannot run, keeping why."""
+    for name in [name for name in calls if name not in ("dlops", "eager")]:
         try:
-            calls[name]()
-            calls[name]()
+            for _ in range(2):
+                calls[name]()
         except Exception as error:
-            if name in ("dlops", "eager"):
-                raise
             del calls[name]
             errors[name] = _brief(error)
 
@@ -130,7 +129,7 @@ def _graph_ms(calls: dict[str, measure.Call], seconds: float, errors: dict[str, 
     for name, call in calls.items():
         try:
             graphs[name] = measure.graphed(call)
-        except Exception as error:  # noqa: BLE001 - not everything can be captured
+        except Exception as error:
             torch.cuda.synchronize()
             errors[f"{name}, CUDA graph"] = _brief(error)
     samples = measure.rounds(graphs, "cuda", seconds / 2) if graphs else {}

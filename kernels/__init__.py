@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one module per family of ops: each launcher has its op's name, arguments and results."""
+"""Triton kernels and their launchers, a module per family: a launcher has its op's name, arguments and results."""

@@ -1,6 +1,6 @@
 """Activations and their derivatives as device functions of float32 tiles, chosen by name at compile time.
 
-exp is exp2 of a prescaled argument; tanh, expm1 and log1p keep their relative accuracy near zero; nothing overflows to NaN.
+exp is exp2 of a prescaled argument; tanh, expm1 and log1p keep their relative accuracy near zero.
 p0, p1 are the activation's parameters: leaky_relu's slope, elu's alpha, softplus's beta and threshold.
 """
 
@@ -34,7 +34,9 @@ def sigmoid(x):
 def tanh_near_zero(x):
     """tanh for |x| < 0.625 (Cephes' tanhf), to 1 ulp."""
     z = x * x
-    p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    p = (
+        ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    ) * z - 3.33332819422e-1
     return x + x * z * p
 
 

@@ -1,8 +1,8 @@
 """Linear layers with their activation: x (M, K) times weight (N, K) transposed, bias, activation, in one kernel.
 
-Persistent: each program walks BLOCK_M x BLOCK_N tiles of y in groups of GROUP_M rows of tiles; bias and activation act on
-the float32 accumulator. Tiles come through tensor descriptors (TMA) or pointers. gated_linear keeps two accumulators,
-maxout_linear multiplies with one piece after another and keeps the best.
+Persistent: each program walks BLOCK_M x BLOCK_N tiles of y in groups of GROUP_M rows of tiles; bias and activation act
+on the float32 accumulator. Tiles come through tensor descriptors (TMA) or pointers. gated_linear keeps two
+accumulators, maxout_linear multiplies with one piece after another and keeps the best.
 """
 
 import math
@@ -15,8 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activation import activate
 from .linear_backward import gated_linear_backward, linear_act_backward, maxout_linear_backward
-from .linear_tiles import GROUP_M, TMA_ARCH, TMA_MIN_WORK, Tile, tile_for
-from .runtime import FP_FUSION, INTERPRETED, as_rows, device_of, on_device, rounded, unsupported
+from .linear_tiles import EPILOGUE_COLUMNS, GROUP_M, MAX_BLOCK_K, TMA_ARCH, TMA_MIN_ROWS, TMA_MIN_WORK, Tile, tile_for
+from .matmul import add_bias, load_tile, multiply_add, store_tile, tile_origin
+from .runtime import FP_FUSION, as_rows, device_of, on_device, unsupported
 
 __all__ = [
     "gated_linear",
@@ -30,60 +31,27 @@ __all__ = [
 
 
 @triton.jit
-def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and column of the tile: GROUP_M rows of tiles are walked column by column."""
-    in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_m = tile // in_group * GROUP_M
-    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
-    return (first_m + tile % in_group % rows) * BLOCK_M, tile % in_group // rows * BLOCK_N
-
-
-@triton.jit
-def load_tile(
-    src, row, col, offset, num_rows, num_cols, stride, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr
+def finish(
+    acc,
+    bias,
+    y,
+    pre,
+    row,
+    col,
+    M,
+    N,
+    p0,
+    p1,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """src[row:row+ROWS, col:col+COLS] of the columns from `offset` on; zeros past num_cols, some other row past num_rows."""
-    if TMA:
-        return src.load([row, offset + col])
-    else:
-        rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
-        cols = col + tl.arange(0, COLS)
-        ptrs = src + rows[:, None] * stride + (offset + cols)[None, :]
-        if EVEN:
-            return tl.load(ptrs)
-        else:
-            return tl.load(ptrs, mask=(cols < num_cols)[None, :], other=0.0)
-
-
-@triton.jit
-def store_tile(dst, value, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    """Writes value at [row, col] of the contiguous (M, N) dst, rounded to its dtype."""
-    if TMA:
-        dst.store([row, col], rounded(value, dst.dtype))
-    else:
-        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-        cols = col + tl.arange(0, BLOCK_N)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        tl.store(dst + rows[:, None] * N + cols[None, :], rounded(value, dst.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def add_bias(acc, bias, col, scale: tl.constexpr, offset, N, BLOCK_N: tl.constexpr):
-    """acc plus bias[cols * scale + offset] of each column, in float32; acc itself without a bias."""
-    if bias is None:
-        return acc
-    else:
-        cols = col + tl.arange(0, BLOCK_N)
-        return acc + tl.load(bias + cols * scale + offset, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def multiply_add(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b^T. The interpreter multiplies bfloat16 as raw integers, so it gets float32, in which the product is exact."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc)
-    else:
-        return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    """linear_act's epilogue on one accumulator: bias, activation, stores (arguments as linear_act_kernel's)."""
+    acc = add_bias(acc, bias, col, 1, 0, N, BLOCK_N)
+    if pre is not None:
+        store_tile(pre, acc, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+    store_tile(y, activate(acc, p0, p1, ACTIVATION), row, col, M, N, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,10 +84,15 @@ def linear_act_kernel(
             a = load_tile(x, row, k, 0, M, K, stride_x, BLOCK_M, BLOCK_K, EVEN_K, TMA)
             b = load_tile(weight, col, k, 0, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN_K, TMA)
             acc = multiply_add(a, b, acc, PRECISION)
-        acc = add_bias(acc, bias, col, 1, 0, N, BLOCK_N)
-        if pre is not None:
-            store_tile(pre, acc, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
-        store_tile(y, activate(acc, p0, p1, ACTIVATION), row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+        if (
+            BLOCK_N > EPILOGUE_COLUMNS
+        ):  # half at a time: two tiles of results beside the accumulator would not fit the registers
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            finish(left, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N // 2, TMA)
+            finish(right, bias, y, pre, row, col + BLOCK_N // 2, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N // 2, TMA)
+        else:
+            finish(acc, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -216,38 +189,56 @@ def arithmetic_of(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def can_describe(*tensors: Tensor | None) -> bool:
+def can_describe(*tensors: Tensor) -> bool:
     """Whether TMA descriptors can address these 2-d tensors: base and rows on 16-byte boundaries."""
-    return all(t is None or (t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0) for t in tensors)
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in tensors)
 
 
-def describe(t: Tensor | None, rows: int, cols: int) -> TensorDescriptor | None:
+def describe(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A descriptor of the 2-d tensor t that moves blocks of rows x cols."""
-    return None if t is None else TensorDescriptor(t, list(t.shape), [t.stride(0), 1], [rows, cols])
+    return TensorDescriptor(t, list(t.shape), [t.stride(0), 1], [rows, cols])
 
 
 class _Plan:
-    """How one call is launched: its rows, tile, grid, and whether by TMA."""
+    """How one call is launched: its operands as rows, tile, grid, and whether by TMA."""
 
-    def __init__(self, kind: str, x: Tensor, N: int, tile: Tile | None, tma: bool | None) -> None:
-        self.K = x.shape[-1]
-        self.M = math.prod(x.shape[:-1])
-        self.arithmetic = arithmetic_of(x.dtype)
-        device = device_of(x)
-        self.tile = tile = tile or tile_for(kind, self.arithmetic, self.M, N, device.arch, device.num_sms)
-        tiles = triton.cdiv(self.M, tile.block_m) * triton.cdiv(N, tile.block_n)
-        self.grid = (min(tiles, device.num_sms * tile.per_sm),)
-        self.even = self.K % tile.block_k == 0
+    def __init__(
+        self, kind: str, x: Tensor, weights: list[Tensor], N: int, tile: Tile | None, tma: bool | None
+    ) -> None:
+        K, M = x.shape[-1], math.prod(x.shape[:-1])
+        device, arithmetic = device_of(x), arithmetic_of(x.dtype)
+        x, stride_x = as_rows(x, K)
+        weights = [w if w.stride(1) == 1 or K <= 1 else w.contiguous() for w in weights]
         if tma is None:
-            large = self.M * N * self.K >= TMA_MIN_WORK and tile.block_m >= 64 and self.arithmetic != "ieee"
-            tma = large and device.arch >= TMA_ARCH
-        self.tma = tma and self.K > 0
-        self.constants = ("tf32" if self.arithmetic == "tf32" else "ieee", *tile[:3], GROUP_M, self.even)
+            tma = device.arch >= TMA_ARCH and M * N * K >= TMA_MIN_WORK and M >= TMA_MIN_ROWS and arithmetic != "ieee"
+        if tma:
+            x = x if x.dim() == 2 else x.view(M, K)
+            apart = kind != "maxout" or K % (tile.block_k if tile else MAX_BLOCK_K) == 0  # else a tile spans two pieces
+            tma = K > 0 and apart and N * x.itemsize % 16 == 0 and can_describe(x, *weights)
+        self.tile = tile = tile or tile_for(kind, arithmetic, M, N, device.arch, device.num_sms, tma)
+        tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+        self.grid = (min(tiles, device.num_sms * tile.per_sm),)
+        self.x, self.weights, self.tma = x, weights, tma
+        self.sizes = (M, N, K, stride_x)
+        self.strides = [w.stride(0) for w in weights]
+        precision = "tf32" if arithmetic == "tf32" else "ieee"
+        self.constants = (precision, tile.block_m, tile.block_n, tile.block_k, GROUP_M, K % tile.block_k == 0, tma)
         self.options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": FP_FUSION}
 
+    def inputs(self) -> list[Tensor | TensorDescriptor]:
+        """x and the weights as the kernel takes them."""
+        if not self.tma:
+            return [self.x, *self.weights]
+        t = self.tile
+        return [describe(self.x, t.block_m, t.block_k), *(describe(w, t.block_n, t.block_k) for w in self.weights)]
 
-def _inner_contiguous(weight: Tensor) -> Tensor:
-    return weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+    def outputs(self, outs: list[Tensor | None]) -> list[Tensor | TensorDescriptor | None]:
+        """Outputs (..., N) as the kernel takes them."""
+        if not self.tma:
+            return outs
+        M, N = self.sizes[:2]
+        cols = min(self.tile.block_n, EPILOGUE_COLUMNS.value)
+        return [None if out is None else describe(out.view(M, N), self.tile.block_m, cols) for out in outs]
 
 
 def _params(params: list[float]) -> tuple[float, float]:
@@ -272,25 +263,16 @@ def linear_act(
     tile and tma override the tables' choice (for tests and measurements).
     """
     N = weight.shape[0]
-    plan = _Plan("linear", x, N, tile, tma)
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     pre = torch.empty(y.shape if save else 0, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, pre
-    x, stride_x = as_rows(x, plan.K)
-    weight = _inner_contiguous(weight)
+    plan = _Plan("linear", x, [weight], N, tile, tma)
     bias = bias if bias is None else bias.contiguous()
-    args = (x, weight, bias, y, pre if save else None)
-    if plan.tma:
-        M, K, t = plan.M, plan.K, plan.tile
-        x2, y2, pre2 = x.view(M, K) if x.dim() != 2 else x, y.view(M, N), pre.view(M, N) if save else None
-        plan.tma = can_describe(x2, weight, y2)
-        if plan.tma:
-            a, b = describe(x2, t.block_m, t.block_k), describe(weight, t.block_n, t.block_k)
-            args = (a, b, bias, describe(y2, t.block_m, t.block_n), describe(pre2, t.block_m, t.block_n))
     linear_act_kernel[plan.grid](
-        *args, plan.M, N, plan.K, stride_x, weight.stride(0), *_params(params), activation, *plan.constants, plan.tma, **plan.options
-    )
+        *plan.inputs(), bias, *plan.outputs([y, pre if save else None]), *plan.sizes, *plan.strides, *_params(params),
+        activation, *plan.constants, **plan.options,
+    )  # fmt: skip
     return y, pre
 
 
@@ -313,28 +295,17 @@ def gated_linear(
     tile and tma override the tables' choice (for tests and measurements).
     """
     N = weight_gate.shape[0]
-    plan = _Plan("gated", x, N, tile, tma)
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     gate, up = (torch.empty(y.shape if save else 0, dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel() == 0:
         return y, gate, up
-    x, stride_x = as_rows(x, plan.K)
-    weight_gate, weight_up = _inner_contiguous(weight_gate), _inner_contiguous(weight_up)
+    plan = _Plan("gated", x, [weight_gate, weight_up], N, tile, tma)
     bias_gate = bias_gate if bias_gate is None else bias_gate.contiguous()
     bias_up = bias_up if bias_up is None else bias_up.contiguous()
-    inputs, outputs = (x, weight_gate, weight_up), (y, gate, up) if save else (y, None, None)
-    if plan.tma:
-        M, K, t = plan.M, plan.K, plan.tile
-        x2 = x.view(M, K) if x.dim() != 2 else x
-        flat = tuple(None if out is None else out.view(M, N) for out in outputs)
-        plan.tma = can_describe(x2, weight_gate, weight_up, *flat)
-        if plan.tma:
-            inputs = (describe(x2, t.block_m, t.block_k), *(describe(w, t.block_n, t.block_k) for w in inputs[1:]))
-            outputs = tuple(describe(out, t.block_m, t.block_n) for out in flat)
-    strides = (stride_x, weight_gate.stride(0), weight_up.stride(0))
+    outputs = [y, gate, up] if save else [y, None, None]
     gated_linear_kernel[plan.grid](
-        *inputs, bias_gate, bias_up, *outputs, plan.M, N, plan.K, *strides, *_params(params), activation, *plan.constants,
-        plan.tma, **plan.options,
+        *plan.inputs(), bias_gate, bias_up, *plan.outputs(outputs), *plan.sizes, *plan.strides, *_params(params),
+        activation, *plan.constants, **plan.options,
     )  # fmt: skip
     return y, gate, up
 
@@ -354,23 +325,13 @@ def maxout_linear(
     tile and tma override the tables' choice (for tests and measurements).
     """
     N = weight.shape[0] // num_pieces
-    plan = _Plan("maxout", x, N, tile, tma)
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     index = torch.empty(y.shape, dtype=torch.int64, device=x.device)
     if y.numel() == 0:
         return y, index
-    x, stride_x = as_rows(x, plan.K)
-    weight = weight.contiguous()
+    plan = _Plan("maxout", x, [weight.contiguous().view(N, num_pieces * weight.shape[1])], N, tile, tma)
     bias = bias if bias is None else bias.contiguous()
-    inputs = (x, weight)
-    if plan.tma:
-        t = plan.tile
-        x2 = x.view(plan.M, plan.K) if x.dim() != 2 else x
-        wide = weight.view(N, num_pieces * plan.K)
-        plan.tma = plan.even and can_describe(x2, wide)
-        if plan.tma:
-            inputs = (describe(x2, t.block_m, t.block_k), describe(wide, t.block_n, t.block_k))
     maxout_linear_kernel[plan.grid](
-        *inputs, bias, y, index, plan.M, N, plan.K, stride_x, num_pieces, *plan.constants, plan.tma, **plan.options
+        *plan.inputs(), bias, y, index, *plan.sizes, num_pieces, *plan.constants, **plan.options
     )
     return y, index

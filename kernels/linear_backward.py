@@ -1,7 +1,7 @@
 """Gradients of the fused linear layers: dpre (M, N), the gradient before the activation, then library matrix products.
 
-One pass computes dpre and bias gradient: a program owns BLOCK_N columns of a fixed range of rows, writes dpre and leaves a
-float32 partial of its columns' sums (reduction.py adds them).
+One pass computes dpre and the bias gradient: a program owns BLOCK_N columns of a fixed range of rows, writes dpre and
+leaves a float32 partial of its columns' sums (reduction.py adds them).
 """
 
 import math
@@ -176,7 +176,7 @@ def linear_act_backward(
     params: list[float],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) of those asked for; saved is the activation's output or input (activation.FROM_OUTPUT says)."""
+    """(dx, dweight, dbias) of those asked for; saved is the output or input, as activation.FROM_OUTPUT says."""
     (N, K), M = weight.shape, math.prod(x.shape[:-1])
     want_x, want_weight, want_bias = output_mask
     if dy.numel() == 0 or activation in FLAT or not any(output_mask):
@@ -190,8 +190,8 @@ def linear_act_backward(
         partials = torch.empty((1, grid[1], N), dtype=torch.float32, device=dy.device) if want_bias else None
         p0, p1, *_ = (*params, 0.0, 0.0)
         act_backward_kernel[grid](
-            rows, None if plain else saved.contiguous(), None if plain or not (want_x or want_weight) else dpre, partials,
-            M, N, tiles, stride_dy, float(p0), float(p1), activation, BLOCK_M, BLOCK_N, STAGES,
+            rows, None if plain else saved.contiguous(), dpre if not plain and (want_x or want_weight) else None,
+            partials, M, N, tiles, stride_dy, float(p0), float(p1), activation, BLOCK_M, BLOCK_N, STAGES,
             num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         if partials is not None:

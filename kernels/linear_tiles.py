@@ -1,9 +1,10 @@
-"""Launch configurations of the fused linear kernels: a pure function of shape, arithmetic, architecture and number of SMs."""
+"""Launch configurations of the fused linear kernels: a pure function of shape, arithmetic, architecture and SMs."""
 
 import functools
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 
 
 class Tile(NamedTuple):
@@ -15,8 +16,8 @@ class Tile(NamedTuple):
     per_sm: int  # persistent programs for each SM
 
 
-# Per architecture and arithmetic, largest tile first. "half" is 16-bit; float32 is "tf32" or "ieee" as torch's setting says.
-# The 16- and 32-row tiles are for decoding: they only have to keep enough bytes of the weight in flight.
+# Per architecture and arithmetic, largest tile first. "half" is 16-bit; float32 is "tf32" or "ieee", as torch's
+# setting says. The 16- and 32-row tiles are for decoding: they only have to keep enough bytes of the weight in flight.
 _IEEE = (
     Tile(128, 64, 16, 8, 3, 2),
     Tile(64, 64, 16, 8, 3, 2),
@@ -38,28 +39,75 @@ _FEW_ROWS_TF32 = (
 )
 TILES = {
     80: {
-        "half": (Tile(128, 256, 32, 8, 4, 1), Tile(128, 128, 32, 8, 4, 2), Tile(64, 128, 32, 4, 4, 2), Tile(64, 64, 64, 4, 3, 3), *_FEW_ROWS),
-        "tf32": (Tile(128, 128, 32, 8, 3, 1), Tile(64, 128, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 3), *_FEW_ROWS_TF32),
+        "half": (
+            Tile(128, 256, 32, 8, 4, 1),
+            Tile(128, 128, 32, 8, 4, 2),
+            Tile(64, 128, 32, 4, 4, 2),
+            Tile(64, 64, 64, 4, 3, 3),
+            *_FEW_ROWS,
+        ),
+        "tf32": (
+            Tile(128, 128, 32, 8, 3, 1),
+            Tile(64, 128, 32, 4, 3, 2),
+            Tile(64, 64, 32, 4, 3, 3),
+            *_FEW_ROWS_TF32,
+        ),
         "ieee": _IEEE,
     },
     90: {
-        "half": (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 8, 4, 1), Tile(64, 128, 64, 4, 4, 2), Tile(64, 64, 64, 4, 4, 3), *_FEW_ROWS),
-        "tf32": (Tile(128, 128, 32, 8, 4, 1), Tile(64, 128, 32, 4, 4, 2), Tile(64, 64, 32, 4, 4, 3), *_FEW_ROWS_TF32),
+        "half": (
+            Tile(128, 256, 64, 8, 3, 1),
+            Tile(128, 128, 64, 8, 4, 1),
+            Tile(64, 128, 64, 4, 4, 2),
+            Tile(64, 64, 64, 4, 4, 3),
+            *_FEW_ROWS,
+        ),
+        "tf32": (
+            Tile(128, 128, 32, 8, 4, 1),
+            Tile(64, 128, 32, 4, 4, 2),
+            Tile(64, 64, 32, 4, 4, 3),
+            *_FEW_ROWS_TF32,
+        ),
         "ieee": _IEEE,
     },
     100: {
-        "half": (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 8, 4, 1), Tile(128, 64, 64, 4, 4, 2), Tile(64, 64, 64, 4, 4, 3), *_FEW_ROWS),
-        "tf32": (Tile(128, 128, 32, 8, 4, 1), Tile(128, 64, 32, 4, 4, 2), Tile(64, 64, 32, 4, 4, 3), *_FEW_ROWS_TF32),
+        "half": (
+            Tile(128, 256, 64, 8, 3, 1),
+            Tile(128, 128, 64, 8, 4, 1),
+            Tile(128, 64, 64, 4, 4, 2),
+            Tile(64, 64, 64, 4, 4, 3),
+            *_FEW_ROWS,
+        ),
+        "tf32": (
+            Tile(128, 128, 32, 8, 4, 1),
+            Tile(128, 64, 32, 4, 4, 2),
+            Tile(64, 64, 32, 4, 4, 3),
+            *_FEW_ROWS_TF32,
+        ),
         "ieee": _IEEE,
     },
     120: {
-        "half": (Tile(128, 128, 32, 8, 4, 1), Tile(64, 128, 32, 4, 4, 1), Tile(64, 64, 64, 4, 3, 2), *_FEW_ROWS),
-        "tf32": (Tile(128, 128, 16, 8, 3, 1), Tile(64, 128, 16, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), *_FEW_ROWS_TF32),
+        "half": (
+            Tile(128, 128, 32, 8, 4, 1),
+            Tile(64, 128, 32, 4, 4, 1),
+            Tile(64, 64, 64, 4, 3, 2),
+            *_FEW_ROWS,
+        ),
+        "tf32": (
+            Tile(128, 128, 16, 8, 3, 1),
+            Tile(64, 128, 16, 4, 3, 2),
+            Tile(64, 64, 32, 4, 3, 2),
+            *_FEW_ROWS_TF32,
+        ),
         "ieee": _IEEE,
     },
-}  # fmt: skip
+}
 GROUP_M = 8  # rows of tiles that are walked together, so that they share the weight's columns in the L2 cache
+EPILOGUE_COLUMNS = tl.constexpr(128)  # of wider tiles the epilogue takes half at a time
+MAX_POINTER_TILE = 128 * 128  # larger tiles come by TMA only: the addresses of the others fill the registers
+MAX_BLOCK_K = 64  # of the tiles that come by TMA
 TMA_ARCH = 90  # the first with bulk tensor copies
+TMA_MIN_ROWS = 64
 TMA_MIN_WORK = 2**30  # M N K: below, encoding the descriptors on the host costs more than they save
 
 
@@ -82,9 +130,10 @@ SHAPED = {"linear": lambda tile: tile, "gated": gated, "maxout": maxout}
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(kind: str, arithmetic: str, M: int, N: int, arch: int, num_sms: int) -> Tile:
+def tile_for(kind: str, arithmetic: str, M: int, N: int, arch: int, num_sms: int, tma: bool) -> Tile:
     """The largest tile no taller than M that gives every SM work, else the one that gives work to most."""
-    tiles = [SHAPED[kind](tile) for tile in TILES[arch_of(arch)][arithmetic]]
+    tiles = [t for t in TILES[arch_of(arch)][arithmetic] if tma or t.block_m * t.block_n <= MAX_POINTER_TILE]
+    tiles = [SHAPED[kind](tile) for tile in tiles]
     tiles = [tile for tile in tiles if tile.block_m <= max(16, triton.next_power_of_2(M))]
 
     def count(tile: Tile) -> int:

@@ -1,19 +1,16 @@
-"""RMS and layer normalisation of M rows of D elements, forward and backward, each optionally with a residual stream.
+"""RMS and layer normalisation of M rows of D elements, optionally of the sum of two tensors.
 
-Forward: one program per tile of ROWS rows held in registers; beyond MAX_WIDTH one program per row, in chunks, read twice.
-Backward: P programs own fixed ranges of rows, write dx and leave fp32 partials of dweight and dbias (reduction.py adds
-them); beyond MAX_WIDTH_BACKWARD a first kernel leaves the two sums of each row, and columns are split over programs too.
+One program per tile of ROWS rows held in registers; beyond MAX_WIDTH one program per row, in chunks, read twice.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduction import sum_partials, sum_rows
-from .runtime import FP_FUSION, as_rows, device_of, on_device, rounded, unsupported
+from .norm_backward import layer_norm_backward, rms_norm_backward
+from .norm_tiles import FORWARD, FORWARD_CHUNK, width_of
+from .runtime import FP_FUSION, as_rows, on_device, rounded, unsupported
 
 __all__ = [
     "add_layer_norm",
@@ -25,26 +22,7 @@ __all__ = [
     "unsupported",
 ]
 
-
-class Tile(NamedTuple):
-    rows: int  # rows of one program
-    width: int  # columns of one program, the first power of two that holds D
-    num_warps: int
-    per_sm: int  # programs for each SM (backward: as many as share the rows)
-
-
-# One tile per power of two. 16 to 32 elements a thread keep two to eight 16-byte loads in flight in each.
-FORWARD = {w: Tile(max(1, 2048 // w), w, max(4, w // 1024), 1) for w in (2**i for i in range(4, 15))}
-FORWARD_CHUNK = Tile(1, 8192, 16, 1)
-BACKWARD = {
-    w: Tile(max(1, 2048 // w), w, max(4, min(8, w // 256), w // 512), max(1, min(4, 8192 // w)))
-    for w in (2**i for i in range(4, 14))
-}
-BACKWARD_CHUNK = Tile(1, 2048, 4, 4)
-BACKWARD_STATS = Tile(1, 8192, 16, 1)
 MAX_WIDTH = max(FORWARD)
-MAX_WIDTH_BACKWARD = max(BACKWARD)
-BACKWARD_STAGES = 2  # the next tile's loads are issued while this one is computed
 
 
 @triton.jit
@@ -161,115 +139,6 @@ def wide_norm_kernel(
         store_normed(y, (value - pivot - centre) * scale, weight, bias, row * D + cols, cols, mask, mask)
 
 
-@triton.jit(do_not_specialize=["M", "chunks"])
-def backward_stats_kernel(
-    dy,  # (M, D) gradient of y
-    x,  # (M, D) what the norm was taken of
-    weight,  # (D,) or None
-    mean,  # (M,) float32, or None (rms_norm)
-    rstd,  # (M,) float32
-    stats,  # (2, M) float32: means over the row of dy weight xhat, and of dy weight
-    M,  # rows
-    chunks,  # chunks of a row: an argument, lest the compiler unroll them all
-    D: tl.constexpr,  # elements of a row
-    STRIDE_DY: tl.constexpr,  # elements from one row of dy to the next
-    STRIDE_X: tl.constexpr,  # the same for x
-    WIDTH: tl.constexpr,  # columns of one chunk
-):
-    row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(rstd + row)
-    centre = 0.0
-    if mean is not None:
-        centre = tl.load(mean + row)
-    along = tl.zeros((WIDTH,), tl.float32)
-    level = tl.zeros((WIDTH,), tl.float32)
-    for chunk in range(chunks):
-        cols = chunk * WIDTH + tl.arange(0, WIDTH)
-        mask = cols < D
-        grad = tl.load(dy + row * STRIDE_DY + cols, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + row * STRIDE_X + cols, mask=mask, other=0.0).to(tl.float32)
-        if weight is not None:
-            grad *= tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
-        along += grad * ((value - centre) * scale)
-        level += grad
-    tl.store(stats + row, tl.sum(along, 0) / D)
-    tl.store(stats + M + row, tl.sum(level, 0) / D)
-
-
-@triton.jit(do_not_specialize=["M", "tiles"])
-def norm_backward_kernel(
-    dy,  # (M, D) gradient of y
-    x,  # (M, D) what the norm was taken of
-    weight,  # (D,) or None
-    mean,  # (M,) float32, or None (rms_norm)
-    rstd,  # (M,) float32
-    dsum,  # (M, D) added to dx, or None
-    stats,  # (2, M) float32 from backward_stats_kernel, or None: the tile holds whole rows and sums them itself
-    dx,  # (M, D) contiguous, or None: not asked for
-    dweight,  # (P, D) float32 partials, or None
-    dbias,  # (P, D) float32 partials, or None
-    M,  # rows
-    tiles,  # tiles of ROWS rows that each program owns
-    D: tl.constexpr,  # elements of a row
-    STRIDE_DY: tl.constexpr,  # elements from one row of dy to the next
-    STRIDE_X: tl.constexpr,  # the same for x
-    STRIDE_DSUM: tl.constexpr,  # the same for dsum
-    ROWS: tl.constexpr,  # rows of one tile
-    WIDTH: tl.constexpr,  # columns of one program
-    STAGES: tl.constexpr,  # tiles in flight
-):
-    cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    col_mask = cols < D
-    part = tl.program_id(0).to(tl.int64)
-    if weight is not None:
-        gain = tl.load(weight + cols, mask=col_mask, other=0.0).to(tl.float32)
-    if dweight is not None:
-        dweight_acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    if dbias is not None:
-        dbias_acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        rows = (part * tiles + tile) * ROWS + tl.arange(0, ROWS)
-        row_mask = rows < M
-        mask = row_mask[:, None] & col_mask
-        grad = tl.load(dy + rows[:, None] * STRIDE_DY + cols, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.load(x + rows[:, None] * STRIDE_X + cols, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + rows, mask=row_mask, other=0.0)[:, None]
-        if mean is not None:
-            xhat -= tl.load(mean + rows, mask=row_mask, other=0.0)[:, None]
-        xhat *= scale
-        if dbias is not None:
-            dbias_acc += grad
-        if dweight is not None:
-            dweight_acc += grad * xhat
-        if dx is not None:
-            if weight is not None:
-                grad *= gain
-            if stats is not None:
-                along = tl.load(stats + rows, mask=row_mask, other=0.0)
-            else:
-                along = tl.sum(grad * xhat, 1) / D
-            out = grad - xhat * along[:, None]
-            if mean is not None:
-                if stats is not None:
-                    level = tl.load(stats + M + rows, mask=row_mask, other=0.0)
-                else:
-                    level = tl.sum(grad, 1) / D
-                out -= level[:, None]
-            out *= scale
-            if dsum is not None:
-                out += tl.load(dsum + rows[:, None] * STRIDE_DSUM + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx + rows[:, None] * D + cols, rounded(out, dx.dtype.element_ty), mask=mask)
-    if dweight is not None:
-        tl.store(dweight + part * D + cols, sum_rows(dweight_acc, ROWS, WIDTH)[None, :], mask=col_mask)
-    if dbias is not None:
-        tl.store(dbias + part * D + cols, sum_rows(dbias_acc, ROWS, WIDTH)[None, :], mask=col_mask)
-
-
-def width_of(D: int) -> int:
-    """The power of two whose tile serves rows of D elements."""
-    return max(16, triton.next_power_of_2(D))
-
-
 def _forward(x, residual, weight, bias, eps, centred):
     """(y, total or None, mean or None, rstd)."""
     D = x.shape[-1]
@@ -293,64 +162,19 @@ def _forward(x, residual, weight, bias, eps, centred):
     if D <= MAX_WIDTH:
         tile = FORWARD[width_of(D)]
         norm_kernel[(triton.cdiv(M, tile.rows),)](
-            x, residual, weight, bias, y, total, mean, rstd, M, eps, D, stride_x, stride_residual, tile.rows, tile.width,
+            x, residual, weight, bias, y, total, mean, rstd, M, eps, D, stride_x, stride_residual,
+            tile.rows, tile.width,
             num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
         )
     else:
         tile = FORWARD_CHUNK
         wide_norm_kernel[(M,)](
-            x, residual, weight, bias, y, total, mean, rstd, eps, triton.cdiv(D, tile.width), D, stride_x, stride_residual,
-            tile.width,
+            x, residual, weight, bias, y, total, mean, rstd, eps, triton.cdiv(D, tile.width),
+            D, stride_x, stride_residual, tile.width,
             num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
         )
     # fmt: on
     return y, total, mean, rstd
-
-
-def _backward(dy, x, weight, mean, rstd, dsum, want_dx, want_dweight, want_dbias):
-    """(dx, dweight, dbias), each an empty (0,) tensor where it is not asked for."""
-    D, M, device = x.shape[-1], rstd.numel(), x.device
-    if x.numel() == 0:
-        nothing = [want_dweight, want_dbias]
-        dx = torch.empty(x.shape if want_dx else 0, dtype=x.dtype, device=device)
-        return dx, *(torch.zeros(D if want else 0, dtype=x.dtype, device=device) for want in nothing)
-    shape = x.shape
-    dy, stride_dy = as_rows(dy, D)
-    x, stride_x = as_rows(x, D)
-    stride_dsum = 0
-    if dsum is not None:
-        dsum, stride_dsum = as_rows(dsum, D)
-    weight = weight if weight is None else weight.contiguous()
-    dx = torch.empty(shape, dtype=x.dtype, device=device) if want_dx else None
-
-    wide = D > MAX_WIDTH_BACKWARD
-    tile = BACKWARD_CHUNK if wide else BACKWARD[width_of(D)]
-    col_tiles = triton.cdiv(D, tile.width)
-    row_tiles = triton.cdiv(M, tile.rows)
-    parts = triton.cdiv(device_of(x).num_sms * tile.per_sm, col_tiles)
-    tiles = triton.cdiv(row_tiles, parts)  # of each program
-    parts = triton.cdiv(row_tiles, tiles)
-    sums = want_dweight + want_dbias
-    partials = torch.empty((sums, parts, D), dtype=torch.float32, device=device) if sums else None
-    dweight = partials[0] if want_dweight else None
-    dbias = partials[-1] if want_dbias else None
-    stats = torch.empty((2, M), dtype=torch.float32, device=device) if wide and want_dx else None
-    # fmt: off
-    if stats is not None:
-        backward_stats_kernel[(M,)](
-            dy, x, weight, mean, rstd, stats, M, triton.cdiv(D, BACKWARD_STATS.width), D, stride_dy, stride_x,
-            BACKWARD_STATS.width,
-            num_warps=BACKWARD_STATS.num_warps, enable_fp_fusion=FP_FUSION,
-        )
-    norm_backward_kernel[(parts, col_tiles)](
-        dy, x, weight, mean, rstd, dsum, stats, dx, dweight, dbias, M, tiles, D, stride_dy, stride_x, stride_dsum,
-        tile.rows, tile.width, BACKWARD_STAGES,
-        num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
-    )
-    # fmt: on
-    totals = iter(sum_partials(partials, sums, x.dtype) if sums else ())
-    outs = (dx, next(totals) if want_dweight else None, next(totals) if want_dbias else None)
-    return tuple(torch.empty(0, dtype=x.dtype, device=device) if out is None else out for out in outs)
 
 
 @on_device
@@ -380,26 +204,3 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, total, mean, rstd): layer_norm of total = x + residual."""
     return _forward(x, residual, weight, bias, eps, True)
-
-
-@on_device
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dsum: Tensor | None, output_mask: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) of those asked for; dx includes dsum, the gradient that reaches x past the norm."""
-    dx, dweight, _ = _backward(dy, x, weight, None, rstd, dsum, *output_mask, False)
-    return dx, dweight
-
-
-@on_device
-def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dsum: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) of those asked for; dx includes dsum, the gradient that reaches x past the norm."""
-    return _backward(dy, x, weight, mean, rstd, dsum, *output_mask)

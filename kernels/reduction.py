@@ -1,4 +1,4 @@
-"""Second stage of the deterministic column sums: the fp32 partials that programs left for their own row ranges, added up.
+"""Second stage of the deterministic column sums: adds the fp32 partials that programs left for their own row ranges.
 
 P partial rows, N columns. One program owns BLOCK_N columns and adds their P partials in a fixed order.
 """
@@ -15,7 +15,7 @@ BLOCK_P, BLOCK_N, NUM_WARPS = 32, 64, 4
 
 @triton.jit
 def sum_rows(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Sum of x (ROWS, COLS) over its rows, in two levels: the error of one long chain of additions grows with its length."""
+    """Sum of x (ROWS, COLS) over its rows, in two levels: the error of a chain of additions grows with its length."""
     if ROWS > 8:
         x = tl.sum(tl.reshape(x, (ROWS // 8, 8, COLS)), 0)
     return tl.sum(x, 0)

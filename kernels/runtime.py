@@ -65,7 +65,7 @@ def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_rows(x: Tensor, width: int) -> tuple[Tensor, int]:
-    """x as rows of `width` elements next to each other, and the distance between rows; copies only what is not so already."""
+    """x as rows of `width` adjacent elements, and the distance between rows; copies only what is not so already."""
     if x.is_contiguous():
         return x, width
     x = x.reshape(-1, width)
@@ -78,7 +78,7 @@ def unsupported(op: str, *args: Any) -> str | None:
     """Why these arguments cannot be served by any kernel of this package, or None."""
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in DTYPES:
-            return f"{op}: the Triton kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+            return f"{op}: the Triton kernels take float32, bfloat16 and float16, not {str(x.dtype)[6:]}"
     x = next((a for a in args if isinstance(a, Tensor)), None)
     if x is None or x.is_cuda or (INTERPRETED and x.device.type == "cpu"):
         return None

@@ -231,7 +231,7 @@ LOOKALIKES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout between": (variant(lambda self, x: self.act(self.drop(self.fc(x)))), "input comes from Dropout"),
     "dropout between in Sequential": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.GELU()), "Dropout"),
     "residual": (variant(lambda self, x: self.act(h := self.fc(x)) + h), "also used by .*add"),
-    "in place residual": (variant(lambda self, x: self.act(h := self.fc(x)) + h.mul_(2)), "also used by mul_"),
+    "scaled between": (variant(lambda self, x: self.act(self.fc(x).mul_(2))), "input comes from mul_"),
     "tap": (variant(lambda self, x: (self.act(h := self.fc(x)), h)), "also used by the result"),
     "stored tap": (variant(store), "keeps the linear's output"),
     "reused linear": (variant(lambda self, x: self.act(self.fc(self.act(self.fc(x))))), "called more than once"),

@@ -24,8 +24,8 @@ const char* cpu_isa_name();
 #define DLOPS_KERNELS(table) dlops::generic::table
 #endif
 
-// Outputs of at least this many bytes are written past the caches.
-constexpr int64_t kStreamBytes = 4 << 20;
+// Outputs of at least this many bytes are written past the caches: the next reader would not find them there anyway.
+constexpr int64_t kStreamBytes = 16 << 20;
 
 // f(begin, end) over [0, tasks) on torch's threads; elements is the work of one task.
 template <class F>

@@ -98,7 +98,7 @@ struct Tanh {
 struct Gelu {
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit Gelu(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return x * normal(x).cdf; }
+  template <class F> DLOPS_HD F value(F x) const { return x * normal_cdf(x); }
   template <class F> DLOPS_HD F slope(F x) const {
     const Normal<F> n = normal(x);
     return n.cdf + minimum(maximum(x, -13.0f), 13.0f) * n.bell * 0.39894228f;

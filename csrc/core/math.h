@@ -105,6 +105,25 @@ DLOPS_HD F softplus(F x) {  // log(1 + exp(x))
   return maximum(x, 0.0f) + log1p_unit(exp(-absolute(x)));
 }
 
+// The standard normal distribution function, without a division: 2 to a polynomial fitted to log2(cdf(-|x|)) on
+// [0, 6], relative error 1e-7 near 0 growing to 1e-6 at 6, and its limits beyond.
+template <class F>
+DLOPS_HD F normal_cdf(F x) {
+  const F magnitude = absolute(x);
+  const F a = minimum(magnitude, 6.0f), a2 = a * a, a4 = a2 * a2;
+  const F p12 = a * -0.45918167f - 1.1511084f, p34 = a * 0.0071255205f - 0.052562624f;
+  const F p56 = a * -0.00021123941f - 0.00014424147f, p78 = a * -7.674981e-6f + 5.6928748e-5f;
+  const F p90 = a * -1.7263912e-8f + 5.5716237e-7f;
+  const F log2_cdf = ((p34 * a2 + p12) + (p90 * a4 + (p78 * a2 + p56)) * a4) * a - 1.0f;
+  constexpr float kRound = 12582912.0f;
+  const F shifted = log2_cdf + kRound;
+  const F f = log2_cdf - (shifted - kRound), f2 = f * f;
+  const F q01 = f * 0.693147f + 1.0f, q23 = f * 0.055507336f + 0.24022242f, q45 = f * 0.0013264725f + 0.009671513f;
+  const F power = (q45 * f2 + q23) * f2 + q01;  // 2^f
+  const F tail = int_as_float(float_as_int(power) + (float_as_int(shifted) << 23), x);
+  return vselect(x > 0, 1.0f - tail, vselect(x < -6, splat<F>(0), tail));
+}
+
 // The standard normal distribution function and exp(-x^2 / 2), of which its density is a multiple. Both are taken to
 // have reached their limits beyond |x| = 13.
 template <class F>

@@ -57,7 +57,17 @@ DLOPS_HD V load_raw(const void* p) {
 
 DLOPS_HD vfloat widen(vfloat v, const float*) { return v; }
 
-DLOPS_HD vfloat widen(vshort v, const bfloat16*) { return (vfloat)(__builtin_convertvector(v, vuint) << 16); }
+DLOPS_HD vuint widen_bits(vshort v) {  // __builtin_convertvector, which GCC splits into halves
+#if defined(__AVX512F__)
+  return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (vuint)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vuint);
+#endif
+}
+
+DLOPS_HD vfloat widen(vshort v, const bfloat16*) { return (vfloat)(widen_bits(v) << 16); }
 
 DLOPS_HD vfloat widen(vshort v, const float16*) {
 #if defined(__AVX512F__)

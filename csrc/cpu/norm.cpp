@@ -92,7 +92,8 @@ void forward(const NormForward& p, int64_t begin, int64_t end) {
 }
 
 // With xhat = (x - mean) * rstd and g = dy * weight: dx = rstd * (g - xhat * mean(g * xhat) - mean(g)), the last term
-// only with a mean; dweight = sum of dy * xhat and dbias = sum of dy over rows.
+// only with a mean; dweight = sum of dy * xhat and dbias = sum of dy over rows. The stored mean is rounded; what the
+// rounding left in xhat is its own mean, and is taken out again.
 template <class T, bool kLayer>
 void backward_row(const NormBackward& p, int64_t row, float* dweight, float* dbias) {
   const int64_t n = p.width;
@@ -102,36 +103,37 @@ void backward_row(const NormBackward& p, int64_t row, float* dweight, float* dbi
   const float rstd = p.rstd[row];
   const float mean = kLayer ? p.mean[row] : 0;
   const auto normalised = [&](int64_t j, auto lanes) DLOPS_INLINE { return (load(x + j, lanes) - mean) * rstd; };
-  const auto accumulate = [&](int64_t j, vfloat d, vfloat xhat, auto lanes) DLOPS_INLINE {
-    if (dweight) store(dweight + j, load(dweight + j, lanes) + d * xhat, lanes);
-    if (kLayer && dbias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
-  };
-  if (!p.dx) {
-    for_lanes(n, [&](int64_t j, auto lanes)
-                     DLOPS_INLINE { accumulate(j, load(dy + j, lanes), normalised(j, lanes), lanes); });
-    return;
-  }
-  double sums[kLayer ? 2 : 1];  // of g * xhat, of g
-  row_sums(n, sums, [&](int64_t j, auto lanes, auto& t) DLOPS_INLINE {
-    const vfloat d = load(dy + j, lanes);
-    const vfloat xhat = normalised(j, lanes);
-    const vfloat g = weight ? d * load(weight + j, lanes) : d;
-    t[0] = g * xhat;
-    if constexpr (kLayer) t[1] = g;
-    accumulate(j, d, xhat, lanes);
-  });
-  const float slope = float(sums[0] / double(n));
+  double sums[kLayer ? 3 : 1] = {};  // of g * xhat, of g, of xhat
+  if (p.dx || kLayer)
+    row_sums(n, sums, [&](int64_t j, auto lanes, auto& t) DLOPS_INLINE {
+      const vfloat d = load(dy + j, lanes);
+      const vfloat xhat = normalised(j, lanes);
+      const vfloat g = weight ? d * load(weight + j, lanes) : d;
+      t[0] = g * xhat;
+      if constexpr (kLayer) {
+        t[1] = g;
+        t[2] = xhat;
+      }
+    });
+  const double offset = kLayer ? sums[kLayer * 2] / double(n) : 0;
+  const float shift = float(offset);
+  const float slope = float((sums[0] - offset * sums[kLayer]) / double(n));
   const float constant = kLayer ? float(sums[kLayer] / double(n)) : 0;
   const T* dsum = row_of<T>(p.dsum, p.dsum ? row : 0, p.dsum_stride);
-  T* dx = static_cast<T*>(p.dx) + row * n;
   const auto gradient = [&](int64_t j, auto lanes) DLOPS_INLINE {
     const vfloat d = load(dy + j, lanes);
+    const vfloat xhat = kLayer ? normalised(j, lanes) - shift : normalised(j, lanes);
+    if (dweight) store(dweight + j, load(dweight + j, lanes) + d * xhat, lanes);
+    if (kLayer && dbias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
     const vfloat g = weight ? d * load(weight + j, lanes) : d;
     // Unfused: g and the product cancel when they are equal, as they nearly are in very short rows.
-    const vfloat v = (g - constant - rounded(normalised(j, lanes) * slope)) * rstd;
+    const vfloat v = (g - constant - rounded(xhat * slope)) * rstd;
     return dsum ? v + load(dsum + j, lanes) : v;
   };
-  if (p.stream && can_stream(static_cast<T*>(p.dx), n))
+  T* dx = p.dx ? static_cast<T*>(p.dx) + row * n : nullptr;
+  if (!dx)
+    for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { gradient(j, lanes); });
+  else if (p.stream && can_stream(static_cast<T*>(p.dx), n))
     for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { stream(dx + j, gradient(j, lanes), lanes); });
   else
     for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE { store(dx + j, gradient(j, lanes), lanes); });

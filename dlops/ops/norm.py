@@ -100,9 +100,13 @@ def layer_norm_backward(
     dsum: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`layer_norm`; ``dsum`` is added to dx (the gradient that reaches the residual stream)."""
+    """Gradients of :func:`layer_norm`; ``dsum`` is added to dx (the gradient that reaches the residual stream).
+
+    ``mean`` is rounded, so what is left of it in xhat, which is xhat's own mean, is taken out.
+    """
     dx, dweight, dbias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     xhat = (acc(x) - mean[..., None]) * rstd[..., None]
+    xhat = xhat - xhat.mean(-1, keepdim=True)
     if output_mask[0]:
         g = acc(dy) if weight is None else acc(dy) * acc(weight)
         inner = g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)
