@@ -52,6 +52,7 @@ class Case:
         shapes: the representative ones.
         more: those that only ``--all`` adds.
         small: a shape whose time is the host's, reported apart.
+        directions: those of ``DIRECTIONS`` that it has.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     more: Mapping[str, Sequence[Shape]]
     small: Shape | None
     label: str
+    directions: tuple[str, ...]
 
     def problem(self, shape: Shape, device: str, dtype: str) -> Problem:
         torch.manual_seed(0)
@@ -100,12 +102,13 @@ def case(
     small: Shape | None = None,
     label: str = "",
     name: str = "",
+    directions: tuple[str, ...] = DIRECTIONS,
 ) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
     """Declare ``build(device, dtype, *shape) -> Problem`` as a case, named after the function.
 
     Args:
         cpu, cuda: representative shapes per device type; more_cpu, more_cuda: those that ``--all`` adds.
-        small: see :class:`Case`.
+        small, directions: see :class:`Case`.
         label: how a shape reads, such as ``"{}x{}->{}"``; sizes joined by ``x`` by default.
         name: another name than the function's.
     """
@@ -116,7 +119,7 @@ def case(
         if key in _cases:
             raise ValueError(f"bench/{family}.py: there is already a case {key!r}, in bench/{_cases[key].family}.py")
         shapes, more = {"cpu": cpu, "cuda": cuda}, {"cpu": more_cpu, "cuda": more_cuda}
-        _cases[key] = Case(key, family, build, shapes, more, small, label)
+        _cases[key] = Case(key, family, build, shapes, more, small, label, directions)
         return build
 
     return register

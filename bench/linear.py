@@ -1,7 +1,7 @@
 """Linear layers with an activation, a gate or a maximum. Letters: M rows, K in, N out, P pieces."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,12 @@ def _inputs(device: torch.device, dtype: torch.dtype, m: int, k: int, rows: Sequ
     return x, *(torch.randn(n, k, device=device, dtype=dtype) / k**0.5 for n in rows)
 
 
-def _cost(m: int, k: int, n: int, outputs: int, itemsize: int) -> dict[str, tuple[float, float]]:
+class Cost(TypedDict):
+    bytes: tuple[float, float]
+    flops: tuple[float, float]
+
+
+def _cost(m: int, k: int, n: int, outputs: int, itemsize: int) -> Cost:
     """Forward reads x and weight (N, K) and writes y; backward reads dy, x and weight and writes two gradients."""
     inputs = (m * k + k * n) * itemsize
     y = m * outputs * itemsize

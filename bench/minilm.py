@@ -13,7 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import dlops
 from bench.case import Problem, Unavailable, case
 
-CONFIG = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+CONFIG: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 
 
 class Encoder(nn.Module):
@@ -47,7 +52,8 @@ def _load(dtype: torch.dtype) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     folder = _package()
     if folder is None:
-        return transformers.BertModel(transformers.BertConfig(**CONFIG)).to(dtype).eval()
+        model: Any = transformers.BertModel(transformers.BertConfig(**CONFIG))
+        return model.to(dtype).eval()
     return transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval()
 
 

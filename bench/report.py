@@ -250,11 +250,14 @@ def _rooflines(rows: Sequence[Row]) -> "Figure":
 
 
 def _memory(rows: Sequence[Row]) -> "Figure":
-    colours = {"dlops": "#3b6ea5", "eager": "#999999", "compile": "#e0a030"}
-    values = {name: [row.memory.get(name, math.nan) / 1e6 for row in rows] for name in CONTENDERS}
-    figure = _bars(rows, "Peak memory beyond what was held before, MB (log scale)", values, colours, start=0.01)
-    figure.axes[0].set_xscale("log")
-    figure.axes[0].xaxis.set_major_formatter("{x:g}")
+    values = {
+        name: [row.memory.get(name, math.nan) / max(row.memory["eager"], 1) for row in rows]
+        for name in ("dlops", "compile")
+    }
+    figure = _bars(rows, "Peak memory, as a multiple of eager's", values, {"dlops": "#3b6ea5", "compile": "#e0a030"})
+    axes = figure.axes[0]
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.axvline(1, color="#a02020", linewidth=1)
     return figure
 
 
@@ -273,7 +276,7 @@ def markdown(machines: dict[str, Run], cases: Sequence[Case]) -> str:
         if small:
             parts += ["Small shapes:", _markdown_table(SMALL_HEADERS, [small_cells(row) for row in small])]
         parts.append("\n".join(f"- {line}" for line in notes(run)))
-    parts += ["## Not measured", *(f"- {line}" for line in not_measured(machines, cases))]
+    parts += ["## Not measured", "\n".join(f"- {line}" for line in not_measured(machines, cases))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -281,13 +284,16 @@ def not_measured(machines: dict[str, Run], cases: Sequence[Case]) -> list[str]:
     """A line per case and machine that lacks rows, or device class that no machine stands for: the jobs missing."""
     known: list[tuple[str, Run | None, str]] = [(name, run, run.machine["device"]) for name, run in machines.items()]
     absent = [device for device in ("cpu", "cuda") if device not in {entry[2] for entry in known}]
-    known += [(f"any {device} device", None, device) for device in absent]
+    known += [(f"{device} (no machine measured)", None, device) for device in absent]
     lines = []
     for name, run, device in known:
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, dict[str, list[str]]] = {}
         for job in missing(run, device, cases):
-            groups.setdefault(job.case.name, []).append(f"{job.case.describe(job.shape)} {SHORT[job.dtype]}")
-        lines += [f"{name}: {case}: {', '.join(jobs)}" for case, jobs in groups.items()]
+            shapes = groups.setdefault(job.case.name, {})
+            shapes.setdefault(job.case.describe(job.shape), []).append(SHORT[job.dtype])
+        for case, shapes in groups.items():
+            absences = [f"{shape} ({', '.join(dtypes)})" for shape, dtypes in shapes.items()]
+            lines.append(f"{name}: {case}: {'; '.join(absences)}")
     return lines
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.case import DEVICE_DTYPES, DIRECTIONS, Case, Job, jobs
+from bench.case import DEVICE_DTYPES, Case, Job, jobs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -118,4 +118,4 @@ def missing(run: Run | None, device: str, cases: Iterable[Case], dtypes: Sequenc
     """The jobs of ``cases`` on a device class for which ``run`` lacks a row of a direction."""
     have = {row.key for row in run.rows} if run else set()
     wanted = jobs(list(cases), device, dtypes or DEVICE_DTYPES[device], everything=True)
-    return [job for job in wanted if any(job.key(direction) not in have for direction in DIRECTIONS)]
+    return [job for job in wanted if any(job.key(direction) not in have for direction in job.case.directions)]

@@ -32,7 +32,7 @@ def run(jobs: Iterable[Job], into: Run, settings: Settings, say: Say) -> Iterato
     for job in jobs:
         say(str(job))
         try:
-            for direction in DIRECTIONS:
+            for direction in job.case.directions:
                 into.rows.append(_row(job, direction, into.ceilings, settings, say))
         except Unavailable as reason:
             into.skipped[str(job)] = str(reason)

@@ -104,7 +104,7 @@ def test_missing_lists_what_has_no_row(results, case):
     assert missing(results, "cpu", [case], ["float32"]) == []
     assert {job.dtype for job in missing(results, "cpu", [case])} == {"bfloat16", "float16"}
     assert len(missing(None, "cpu", [case], ["float32"])) == 2
-    assert any(line.startswith("any cuda device: linear_gelu") for line in not_measured({}, select([])))
+    assert any(line.startswith("cuda (no machine measured): linear_gelu") for line in not_measured({}, select([])))
 
 
 def test_reports(results, case, tmp_path: Path):
@@ -114,7 +114,7 @@ def test_reports(results, case, tmp_path: Path):
     page = markdown({MACHINE["name"]: results}, [case])
     assert "## Test CPU, 2 cores" in page
     assert "| double | 64x0 | fp32 | fwd |" in page
-    assert "Test CPU, 2 cores: double: 64x0 bf16" in page
+    assert "Test CPU, 2 cores: double: 64x0 (bf16, fp16)" in page
     assert render(results)
 
 

@@ -1,0 +1,5 @@
+"""The blocks of :mod:`dlops.models` in plain torch.nn, with the same state dicts: what the blocks are checked against."""
+
+from dlops.models.plain.perceptron import MLP, MaxoutNetwork, McCullochPitts, Perceptron
+
+__all__ = ["MLP", "MaxoutNetwork", "McCullochPitts", "Perceptron"]
