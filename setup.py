@@ -136,7 +136,7 @@ class BuildExt(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for isa in ISA_FLAGS if x86 else ("generic",):
             build.compile(isa, [*base, *ISA_FLAGS[isa], f"-DDLOPS_ISA={isa}"], sorted(CSRC.glob("cpu/*.cpp")))
-        defines = [f"'-DDLOPS_TORCH_VERSION=\"{torch.__version__}\"'"]
+        defines = [version_define(torch)]
         sources = [s for s in sorted(CSRC.glob("bind/*.cpp")) if not s.name.startswith("cuda_")]
         build.compile("bind", [*base, *includes, *defines], sources)
         build.run([compiler, "-shared", "$objects", *libraries, "-ltorch_cpu", "-ltorch", "-lc10"])
@@ -163,7 +163,7 @@ class BuildExt(build_ext):
         nvcc = [str(home / "bin/nvcc"), "-O3", "-std=c++20", f"-I{CSRC}", f"-ccbin={compiler}", "--threads=0"]
         nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(archs)]
         build.compile("nvcc", nvcc, sorted(CSRC.glob("cuda/*.cu")))
-        defines = ["-DUSE_CUDA", f"'-DDLOPS_CUDA_ARCHS=\"{';'.join(archs)}\"'", f"-I{home}/include"]
+        defines = ["-DUSE_CUDA", version_define(torch), f"'-DDLOPS_CUDA_ARCHS=\"{';'.join(archs)}\"'", f"-I{home}/include"]
         shared = [s for s in sorted(CSRC.glob("bind/*.cpp")) if s.name.startswith("cuda_") or s.name == "check.cpp"]
         build.compile("bind", [compiler, *BASE_FLAGS, *HOST_FLAGS, *includes, *defines], shared)
         cuda = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -182,6 +182,10 @@ def torch_paths():
     root = Path(torch.__file__).parent
     includes = [root / "include", sysconfig.get_paths()["include"], pybind11.get_include()]
     return torch, [f"-isystem {path}" for path in includes], [f"-L{root / 'lib'}"]
+
+
+def version_define(torch) -> str:
+    return f"'-DDLOPS_TORCH_VERSION=\"{torch.__version__}\"'"
 
 
 setup(

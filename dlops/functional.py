@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu, sigmoid, silu, softplus, tanh
 
 from dlops import backend
-from dlops.ops._linear_backends import onednn_wins, slow_half
+from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
 from dlops.ops.linear import gated_linear as gated_op
 from dlops.ops.linear import linear_act as linear_op
@@ -81,7 +81,8 @@ def _linear_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return True
     # bench rows linear: torch's own product is what every backend here calls, but for halves on an AVX2 CPU, and where
     # oneDNN beats MKL.
-    if forced is None and (x.device.type != "cpu" or not (onednn_wins(x.dtype) or slow_half(x.dtype))):
+    wins = x.dtype in SLOW_HALVES or (ONEDNN_WINS and x.dtype == torch.float32)
+    if forced is None and not (wins and CPU_KERNELS and x.device.type == "cpu"):
         return False
     if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1] or not _alike(x, weight, bias):
         return False
@@ -275,7 +276,7 @@ def _norm_dims(
     if not _alike(x, *parameters) or (eps is not None and not eps >= 0):
         return 0
     # A GPU's norms are unmeasured: torch's fused ones run there.
-    if forced is None and (x.device.type != "cpu" or x.dtype not in _FLOATS or backend.missing("cpu")):
+    if forced is None and (x.device.type != "cpu" or x.dtype not in _FLOATS or not CPU_KERNELS):
         return 0
     return dims
 

@@ -14,7 +14,8 @@ namespace {
 void set_activation(ActivationPass& pass, const std::string& name, const std::vector<double>& params) {
   if (!parse_activation(name.c_str(), &pass.activation)) {
     std::string accepted;
-    for (const ActivationName& known : kActivationNames) accepted += (accepted.empty() ? "" : ", ") + std::string(known.name);
+    for (const ActivationName& known : kActivationNames)
+      accepted += (accepted.empty() ? "" : ", ") + std::string(known.name);
     check(false, "activation: expected one of ", accepted, "; got \"", name, "\"");
   }
   const size_t expected = kActivationNames[int(pass.activation)].num_params;
@@ -134,8 +135,8 @@ std::tuple<Tensor, Tensor> maxout(const Tensor& pre, int64_t num_pieces) {
   sizes.push_back(rows.width / num_pieces);
   Tensor y = allocate(pre, sizes, pre.scalar_type());
   Tensor index = allocate(pre, sizes, ScalarType::Long);
-  const MaxoutPass params{dtype,       sizes.back(),          num_pieces, rows.data,
-                          rows.stride, y.mutable_data_ptr(), index.mutable_data_ptr<int64_t>()};
+  const MaxoutPass params{
+      dtype, sizes.back(), num_pieces, rows.data, rows.stride, y.mutable_data_ptr(), index.mutable_data_ptr<int64_t>()};
   const auto& kernels = DLOPS_KERNELS(activation_kernels);
   parallel(rows.rows, rows.width, [&](int64_t begin, int64_t end) { kernels.maxout(params, begin, end); });
   return {y, index};
@@ -146,8 +147,7 @@ std::tuple<Tensor, Tensor> maxout(const Tensor& pre, int64_t num_pieces) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cpu, m) {
   m.def("act(Tensor pre, str activation, float[] params) -> Tensor");
-  m.def(
-      "act_backward(Tensor dy, Tensor saved, str activation, float[] params, bool need_dbias) -> (Tensor, Tensor)");
+  m.def("act_backward(Tensor dy, Tensor saved, str activation, float[] params, bool need_dbias) -> (Tensor, Tensor)");
   m.def("gate(Tensor gate, Tensor up, str activation, float[] params) -> Tensor");
   m.def(
       "gate_backward(Tensor dy, Tensor gate, Tensor up, str activation, float[] params, bool need_dbias)"

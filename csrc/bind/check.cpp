@@ -127,8 +127,8 @@ Tensor allocate(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType d
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), shim_dtype,
-                                                         device_type, x.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         shim_dtype, device_type, x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

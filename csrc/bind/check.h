@@ -27,7 +27,8 @@ std::ostream& operator<<(std::ostream& out, const Tensor& tensor);  // "a float6
 // Raises RuntimeError with the parts as its message unless ok.
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
-  if (ok) [[likely]] return;
+  if (ok) [[likely]]
+    return;
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());

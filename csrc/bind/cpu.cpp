@@ -9,8 +9,8 @@ Isa cpu_isa() {
   static const Isa isa = [] {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return Isa::generic;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
       return Isa::avx512;
     return __builtin_cpu_supports("avx2") ? Isa::avx2 : Isa::generic;
   }();

@@ -16,9 +16,9 @@ const char* cpu_isa_name();
 
 // DLOPS_KERNELS(norm_kernels) is the table of that name for the instruction set in use.
 #if defined(__x86_64__)
-#define DLOPS_KERNELS(table)                           \
-  (cpu_isa() == Isa::avx512 ? dlops::avx512::table     \
-   : cpu_isa() == Isa::avx2 ? dlops::avx2::table       \
+#define DLOPS_KERNELS(table)                       \
+  (cpu_isa() == Isa::avx512 ? dlops::avx512::table \
+   : cpu_isa() == Isa::avx2 ? dlops::avx2::table   \
                             : dlops::generic::table)
 #else
 #define DLOPS_KERNELS(table) dlops::generic::table
@@ -31,7 +31,8 @@ constexpr int64_t kStreamBytes = 16 << 20;
 template <class F>
 void parallel(int64_t tasks, int64_t elements, const F& f) {
   constexpr int64_t kGrain = 32768;
-  if (tasks > 0) torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)), f);
+  if (tasks > 0)
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)), f);
 }
 
 // Rows whose gradients are summed into one partial row. A function of the shape alone, so that the sums do not depend

@@ -1,11 +1,15 @@
 // dlops._cuda: importing it registers the dlops_cuda ops.
 #include <pybind11/pybind11.h>
 
-#ifndef DLOPS_CUDA_ARCHS
-#define DLOPS_CUDA_ARCHS ""
-#endif
+namespace py = pybind11;
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of dlops, registered as torch.ops.dlops_cuda.";
-  m.attr("archs") = DLOPS_CUDA_ARCHS;
+  m.doc() = "dlops's CUDA kernels; loading this module registers the dlops_cuda ops.";
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["torch"] = DLOPS_TORCH_VERSION;
+    info["architectures"] = DLOPS_CUDA_ARCHS;
+    return info;
+  }, "The compiler, the torch whose headers were used, and the GPU architectures that kernels were compiled for.");
 }

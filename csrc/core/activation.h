@@ -9,8 +9,22 @@
 namespace dlops {
 
 enum class Activation : int32_t {
-  kNone, kStep, kSign, kRelu, kLeakyRelu, kElu, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu, kRelu2, kHardswish, kMish,
-  kSoftplus, kCount
+  kNone,
+  kStep,
+  kSign,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kSigmoid,
+  kTanh,
+  kGelu,
+  kGeluTanh,
+  kSilu,
+  kRelu2,
+  kHardswish,
+  kMish,
+  kSoftplus,
+  kCount
 };
 
 struct ActivationName {
@@ -19,10 +33,10 @@ struct ActivationName {
 };
 
 // In the order of Activation.
-constexpr ActivationName kActivationNames[] = {
-    {"none", 0}, {"step", 0}, {"sign", 0},      {"relu", 0}, {"leaky_relu", 1}, {"elu", 1},  {"sigmoid", 0},
-    {"tanh", 0}, {"gelu", 0}, {"gelu_tanh", 0}, {"silu", 0}, {"relu2", 0},      {"hardswish", 0}, {"mish", 0},
-    {"softplus", 2}};
+constexpr ActivationName kActivationNames[] = {{"none", 0},       {"step", 0},      {"sign", 0},    {"relu", 0},
+                                               {"leaky_relu", 1}, {"elu", 1},       {"sigmoid", 0}, {"tanh", 0},
+                                               {"gelu", 0},       {"gelu_tanh", 0}, {"silu", 0},    {"relu2", 0},
+                                               {"hardswish", 0},  {"mish", 0},      {"softplus", 2}};
 
 inline namespace DLOPS_ISA {
 
@@ -38,68 +52,118 @@ inline bool parse_activation(const char* name, Activation* activation) {
 struct None {
   static constexpr bool kFromOutput = true;
   DLOPS_HD explicit None(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return x; }
-  template <class F> DLOPS_HD F slope(F) const { return splat<F>(1); }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return x;
+  }
+  template <class F>
+  DLOPS_HD F slope(F) const {
+    return splat<F>(1);
+  }
 };
 
 struct Step {
   static constexpr bool kFromOutput = true;
   DLOPS_HD explicit Step(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return vselect(x >= 0, splat<F>(1), splat<F>(0)); }
-  template <class F> DLOPS_HD F slope(F) const { return splat<F>(0); }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return vselect(x >= 0, splat<F>(1), splat<F>(0));
+  }
+  template <class F>
+  DLOPS_HD F slope(F) const {
+    return splat<F>(0);
+  }
 };
 
 struct Sign {
   static constexpr bool kFromOutput = true;
   DLOPS_HD explicit Sign(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const {  // 0 for NaN
+  template <class F>
+  DLOPS_HD F value(F x) const {  // 0 for NaN
     return vselect(x > 0, splat<F>(1), vselect(x < 0, splat<F>(-1), splat<F>(0)));
   }
-  template <class F> DLOPS_HD F slope(F) const { return splat<F>(0); }
+  template <class F>
+  DLOPS_HD F slope(F) const {
+    return splat<F>(0);
+  }
 };
 
 struct Relu {
   static constexpr bool kFromOutput = true;
   DLOPS_HD explicit Relu(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return maximum(x, 0.0f); }
-  template <class F> DLOPS_HD F slope(F y) const { return vselect(y <= 0, splat<F>(0), splat<F>(1)); }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return maximum(x, 0.0f);
+  }
+  template <class F>
+  DLOPS_HD F slope(F y) const {
+    return vselect(y <= 0, splat<F>(0), splat<F>(1));
+  }
 };
 
 struct LeakyRelu {
   static constexpr bool kFromOutput = false;
   float negative_slope;
   DLOPS_HD explicit LeakyRelu(const float* params) : negative_slope(params[0]) {}
-  template <class F> DLOPS_HD F value(F x) const { return vselect(x > 0, x, x * negative_slope); }
-  template <class F> DLOPS_HD F slope(F x) const { return vselect(x > 0, splat<F>(1), splat<F>(negative_slope)); }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return vselect(x > 0, x, x * negative_slope);
+  }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
+    return vselect(x > 0, splat<F>(1), splat<F>(negative_slope));
+  }
 };
 
 struct Elu {
   static constexpr bool kFromOutput = false;
   float alpha;
   DLOPS_HD explicit Elu(const float* params) : alpha(params[0]) {}
-  template <class F> DLOPS_HD F value(F x) const { return vselect(x > 0, x, expm1_negative(x) * alpha); }
-  template <class F> DLOPS_HD F slope(F x) const { return vselect(x > 0, splat<F>(1), exp(x) * alpha); }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return vselect(x > 0, x, expm1_negative(x) * alpha);
+  }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
+    return vselect(x > 0, splat<F>(1), exp(x) * alpha);
+  }
 };
 
 struct Sigmoid {
   static constexpr bool kFromOutput = true;
   DLOPS_HD explicit Sigmoid(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return sigmoid(x); }
-  template <class F> DLOPS_HD F slope(F y) const { return y * (1.0f - y); }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return sigmoid(x);
+  }
+  template <class F>
+  DLOPS_HD F slope(F y) const {
+    return y * (1.0f - y);
+  }
 };
 
 struct Tanh {
   static constexpr bool kFromOutput = true;
   DLOPS_HD explicit Tanh(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return tanh(x); }
-  template <class F> DLOPS_HD F slope(F y) const { return 1.0f - y * y; }
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return tanh(x);
+  }
+  template <class F>
+  DLOPS_HD F slope(F y) const {
+    return 1.0f - y * y;
+  }
 };
 
 struct Gelu {
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit Gelu(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return x * normal_cdf(x); }
-  template <class F> DLOPS_HD F slope(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return x * normal_cdf(x);
+  }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
     const Normal<F> n = normal(x);
     return n.cdf + minimum(maximum(x, -13.0f), 13.0f) * n.bell * 0.39894228f;
   }
@@ -108,8 +172,12 @@ struct Gelu {
 struct GeluTanh {  // 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit GeluTanh(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return x * sigmoid(x * (x * x * 0.071354816f + 1.5957691f)); }
-  template <class F> DLOPS_HD F slope(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return x * sigmoid(x * (x * x * 0.071354816f + 1.5957691f));
+  }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
     const F v = minimum(maximum(x, -12.0f), 12.0f);  // the slope is 0 or 1 beyond, and x^3 stays finite
     const F z = v * (v * v * 0.071354816f + 1.5957691f);
     const F e = exp(-absolute(z));
@@ -121,8 +189,12 @@ struct GeluTanh {  // 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.
 struct Silu {
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit Silu(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return x * sigmoid(x); }
-  template <class F> DLOPS_HD F slope(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return x * sigmoid(x);
+  }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
     const F s = sigmoid(x);
     return s * (x * (1.0f - s) + 1.0f);
   }
@@ -131,18 +203,26 @@ struct Silu {
 struct Relu2 {
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit Relu2(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
     const F y = maximum(x, 0.0f);
     return y * y;
   }
-  template <class F> DLOPS_HD F slope(F x) const { return maximum(x, 0.0f) * 2.0f; }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
+    return maximum(x, 0.0f) * 2.0f;
+  }
 };
 
 struct Hardswish {
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit Hardswish(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const { return x * minimum(maximum(x + 3.0f, 0.0f), 6.0f) / 6.0f; }
-  template <class F> DLOPS_HD F slope(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
+    return x * minimum(maximum(x + 3.0f, 0.0f), 6.0f) / 6.0f;
+  }
+  template <class F>
+  DLOPS_HD F slope(F x) const {
     return vselect(x <= -3, splat<F>(0), vselect(x >= 3, splat<F>(1), x / 3.0f + 0.5f));
   }
 };
@@ -150,12 +230,14 @@ struct Hardswish {
 struct Mish {  // x tanh(softplus(x)) = x w / (w + 2), w = e (e + 2), e = exp(x)
   static constexpr bool kFromOutput = false;
   DLOPS_HD explicit Mish(const float*) {}
-  template <class F> DLOPS_HD F value(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
     const F e = exp(minimum(x, 20.0f));  // the quotient is 1 beyond
     const F w = e * (e + 2.0f);
     return x * (w / (w + 2.0f));
   }
-  template <class F> DLOPS_HD F slope(F x) const {
+  template <class F>
+  DLOPS_HD F slope(F x) const {
     const F v = minimum(x, 20.0f);
     const F e = exp(v);
     const F w = e * (e + 2.0f);
@@ -168,11 +250,13 @@ struct Softplus {
   static constexpr bool kFromOutput = false;
   float beta, threshold;
   DLOPS_HD explicit Softplus(const float* params) : beta(params[0]), threshold(params[1]) {}
-  template <class F> DLOPS_HD F value(F x) const {
+  template <class F>
+  DLOPS_HD F value(F x) const {
     const F z = x * beta;
     return vselect(z > threshold, x, softplus(z) / beta);
   }
-  template <class F> DLOPS_HD F slope(F x) const {
+  template <class F>
+  DLOPS_HD F slope(F x) const {
     const F z = x * beta;
     return vselect(z > threshold, splat<F>(1), sigmoid(z));
   }

@@ -8,7 +8,7 @@
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 
 // The block's dynamic shared memory as an array of type, 16-byte aligned.
-#define DLOPS_DYNAMIC_SHARED(type, name)                    \
+#define DLOPS_DYNAMIC_SHARED(type, name)                   \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   type* name = reinterpret_cast<type*>(name##_)
 #endif

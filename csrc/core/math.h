@@ -1,9 +1,13 @@
-// Elementary functions on F = float, or simd.h's vfloat where that header is included first. No libm call and no
+// Elementary functions on F = float and, on the host, simd.h's vfloat. No libm call and no
 // branch, so that every loop over them vectorises. Largest error found against float64 with fused multiply-add, in
 // units of the last place: exp and expm1_negative 1.0, sigmoid 2.4, softplus 2.6, tanh 2.2.
 #pragma once
 
+#if defined(__CUDACC__)
 #include "core/dtype.h"
+#else
+#include "core/simd.h"
+#endif
 
 namespace dlops {
 inline namespace DLOPS_ISA {

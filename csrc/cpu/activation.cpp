@@ -1,8 +1,8 @@
 // Elementwise passes on the host. M rows, N columns; a task is block_rows rows of kColumns columns, so that a chunk of
 // a row stays in the first-level cache between converting to float, computing, and rounding once at the store.
-#include "core/simd.h"  // before math.h, which uses its overloads
-
 #include "cpu/activation.h"
+
+#include "core/simd.h"
 
 namespace dlops {
 inline namespace DLOPS_ISA {
@@ -24,8 +24,8 @@ DLOPS_INLINE inline void put(float* p, vfloat v, auto lanes) {
 template <class A, bool kStream>
 void value_chunk(const float* params, const float* x, float* y, int64_t n) {
   const A activation(params);
-  for_lanes(n, [&](int64_t j, auto lanes)
-                   DLOPS_INLINE { put<kStream>(y + j, activation.value(load(x + j, lanes)), lanes); });
+  for_lanes(
+      n, [&](int64_t j, auto lanes) DLOPS_INLINE { put<kStream>(y + j, activation.value(load(x + j, lanes)), lanes); });
 }
 
 // dx = dy * slope(saved)
@@ -49,14 +49,14 @@ constexpr Chunks kChunksOf = {
     A::kFromOutput, {value_chunk<A, false>, value_chunk<A, true>}, {slope_chunk<A, false>, slope_chunk<A, true>}};
 
 // In the order of Activation.
-constexpr Chunks kChunks[] = {kChunksOf<None>,      kChunksOf<Step>, kChunksOf<Sign>,    kChunksOf<Relu>,
-                              kChunksOf<LeakyRelu>, kChunksOf<Elu>,  kChunksOf<Sigmoid>, kChunksOf<Tanh>,
-                              kChunksOf<Gelu>,      kChunksOf<GeluTanh>, kChunksOf<Silu>, kChunksOf<Relu2>,
-                              kChunksOf<Hardswish>, kChunksOf<Mish>, kChunksOf<Softplus>};
+constexpr Chunks kChunks[] = {kChunksOf<None>,      kChunksOf<Step>,     kChunksOf<Sign>,    kChunksOf<Relu>,
+                              kChunksOf<LeakyRelu>, kChunksOf<Elu>,      kChunksOf<Sigmoid>, kChunksOf<Tanh>,
+                              kChunksOf<Gelu>,      kChunksOf<GeluTanh>, kChunksOf<Silu>,    kChunksOf<Relu2>,
+                              kChunksOf<Hardswish>, kChunksOf<Mish>,     kChunksOf<Softplus>};
 
 void multiply(const float* a, const float* b, float* out, int64_t n) {
-  for_lanes(n, [&](int64_t j, auto lanes)
-                   DLOPS_INLINE { store(out + j, load(a + j, lanes) * load(b + j, lanes), lanes); });
+  for_lanes(
+      n, [&](int64_t j, auto lanes) DLOPS_INLINE { store(out + j, load(a + j, lanes) * load(b + j, lanes), lanes); });
 }
 
 // n elements as floats: in place, or converted into buffer.
@@ -142,13 +142,16 @@ template <class T>
 void act_typed(const ActivationPass& p, int64_t begin, int64_t end) {
   const Chunks chunk = kChunks[int(p.activation)];
   alignas(64) float x_buffer[kColumns], y_buffer[kColumns];
-  for_segments(p, begin, end, kNothing, [&](const Segment& s) {
-    T* out = at_output<T>(p.out, p, s);
-    float* y = target(out, y_buffer);
-    const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
-    chunk.value[y != y_buffer && p.stream && can_stream(out, 0)](p.params, x, y, s.count);
-    if (y == y_buffer) write(out, y, s.count, p.stream);
-  }, kNothing, kNothing);
+  for_segments(
+      p, begin, end, kNothing,
+      [&](const Segment& s) {
+        T* out = at_output<T>(p.out, p, s);
+        float* y = target(out, y_buffer);
+        const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
+        chunk.value[y != y_buffer && p.stream && can_stream(out, 0)](p.params, x, y, s.count);
+        if (y == y_buffer) write(out, y, s.count, p.stream);
+      },
+      kNothing, kNothing);
 }
 
 template <class T>
@@ -157,7 +160,10 @@ void act_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
   alignas(64) float x_buffer[kColumns], dy_buffer[kColumns], dx_buffer[kColumns];
   BiasSum bias;
   for_segments(
-      p, begin, end, [&] { if (p.dbias) bias.clear(); },
+      p, begin, end,
+      [&] {
+        if (p.dbias) bias.clear();
+      },
       [&](const Segment& s) {
         const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
         const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
@@ -167,7 +173,9 @@ void act_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
         if (dx == dx_buffer) write(out, dx, s.count, p.stream);
         if (p.dbias) bias.add(dx, s.count);
       },
-      [&] { if (p.dbias) bias.flush(); },
+      [&] {
+        if (p.dbias) bias.flush();
+      },
       [&](const Segment& s) {
         if (p.dbias) write(p.dbias + s.block * p.width + s.column, bias.total, s.count, false);
       });
@@ -177,13 +185,16 @@ template <class T>
 void gate_typed(const ActivationPass& p, int64_t begin, int64_t end) {
   const Chunks chunk = kChunks[int(p.activation)];
   alignas(64) float x_buffer[kColumns], up_buffer[kColumns], y[kColumns];
-  for_segments(p, begin, end, kNothing, [&](const Segment& s) {
-    const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
-    const float* up = read(at<T>(p.up, p.up_stride, s), up_buffer, s.count);
-    chunk.value[0](p.params, x, y, s.count);
-    multiply(y, up, y, s.count);
-    write(at_output<T>(p.out, p, s), y, s.count, p.stream);
-  }, kNothing, kNothing);
+  for_segments(
+      p, begin, end, kNothing,
+      [&](const Segment& s) {
+        const float* x = read(at<T>(p.x, p.x_stride, s), x_buffer, s.count);
+        const float* up = read(at<T>(p.up, p.up_stride, s), up_buffer, s.count);
+        chunk.value[0](p.params, x, y, s.count);
+        multiply(y, up, y, s.count);
+        write(at_output<T>(p.out, p, s), y, s.count, p.stream);
+      },
+      kNothing, kNothing);
 }
 
 template <class T>
@@ -243,13 +254,13 @@ void maxout_typed(const MaxoutPass& p, int64_t begin, int64_t end) {
   }
 }
 
-#define DLOPS_BY_DTYPE(function, Params)                                             \
-  void function(const Params& p, int64_t begin, int64_t end) {                       \
-    switch (p.dtype) {                                                               \
-      case Dtype::kFloat32: return function##_typed<float>(p, begin, end);           \
-      case Dtype::kBFloat16: return function##_typed<bfloat16>(p, begin, end);       \
-      case Dtype::kFloat16: return function##_typed<float16>(p, begin, end);         \
-    }                                                                                \
+#define DLOPS_BY_DTYPE(function, Params)                                       \
+  void function(const Params& p, int64_t begin, int64_t end) {                 \
+    switch (p.dtype) {                                                         \
+      case Dtype::kFloat32: return function##_typed<float>(p, begin, end);     \
+      case Dtype::kBFloat16: return function##_typed<bfloat16>(p, begin, end); \
+      case Dtype::kFloat16: return function##_typed<float16>(p, begin, end);   \
+    }                                                                          \
   }
 DLOPS_BY_DTYPE(act, ActivationPass)
 DLOPS_BY_DTYPE(act_backward, ActivationPass)

@@ -2,9 +2,8 @@
 // Forward: every group of threads takes one row; up to kItems packs of kVec elements per thread stay in registers, so
 // that x is read once (kItems = 0: rows of any length, read twice). Backward: a fixed grid walks the rows and keeps its
 // weight gradient in registers; a second kernel adds the blocks' sums in order.
-#include "cuda/norm.h"
-
 #include "core/device.h"
+#include "cuda/norm.h"
 
 namespace dlops {
 namespace {
@@ -89,8 +88,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(RmsNormForward p) {
       if (j < n) store_pack(y + j, normalised(kept[item], rstd, weight, j));
     }
   } else {
-    for (int64_t j = first; j < n; j += step)
-      store_pack(y + j, normalised(load_pack<kVec>(x + j), rstd, weight, j));
+    for (int64_t j = first; j < n; j += step) store_pack(y + j, normalised(load_pack<kVec>(x + j), rstd, weight, j));
   }
 }
 
@@ -131,9 +129,9 @@ __global__ void __launch_bounds__(512) backward_kernel(RmsNormBackward p) {
   constexpr int kKept = kItems ? kItems : 1;
   const T* weight = static_cast<const T*>(p.weight);
   const int64_t first = int64_t(threadIdx.x) * kVec, step = int64_t(blockDim.x) * kVec;
-  float* partial = p.partial ? p.partial + (int64_t(blockIdx.x) * (kItems ? 1 : blockDim.y) +
-                                            (kItems ? 0 : threadIdx.y)) * p.width
-                             : nullptr;
+  float* partial =
+      p.partial ? p.partial + (int64_t(blockIdx.x) * (kItems ? 1 : blockDim.y) + (kItems ? 0 : threadIdx.y)) * p.width
+                : nullptr;
   float weight_sum[kKept][kVec] = {};
   if constexpr (kItems == 0) {
     if (partial)
@@ -218,8 +216,8 @@ constexpr int kSumColumns = 32, kSumRows = 8;
 
 // dweight = sum of partial over its rows: kSumRows threads per column, then their sums in order.
 template <class T>
-__global__ void __launch_bounds__(kSumColumns * kSumRows) column_sum_kernel(const float* partial, int64_t rows,
-                                                                            int64_t width, T* out) {
+__global__ void __launch_bounds__(kSumColumns* kSumRows)
+    column_sum_kernel(const float* partial, int64_t rows, int64_t width, T* out) {
   __shared__ float sums[kSumRows][kSumColumns];
   const int64_t column = int64_t(blockIdx.x) * kSumColumns + threadIdx.x;
   float sum = 0;

@@ -4,7 +4,6 @@
 fastest library product, in float32 where the CPU multiplies halves slowly, and one C++ pass for everything around it.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -30,20 +29,26 @@ _ONEDNN = {
 _CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
 
 
-@functools.cache
-def onednn_wins(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's products beat torch's own (MKL): on AMD CPUs with AVX-512, which MKL does not use there."""
-    if dtype != torch.float32 or backend.cpu_vendor() != "AuthenticAMD" or not torch.backends.mkldnn.is_available():
+
+def _onednn_wins() -> bool:
+    if backend.cpu_vendor() != "AuthenticAMD" or not torch.backends.mkldnn.is_available():
         return False
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-@functools.cache
-def slow_half(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies ``dtype`` slower than float32 (without AVX-512 torch does it element by element)."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+# Decided once, at import: traced code cannot probe the CPU.
+CPU_KERNELS = backend.missing("cpu") is None
+# Whether oneDNN's float32 products beat torch's own (MKL): on AMD CPUs with AVX-512, which MKL does not use there.
+ONEDNN_WINS = _onednn_wins()
+# What this CPU multiplies slower than float32: without AVX-512 torch multiplies halves element by element.
+SLOW_HALVES = frozenset(
+    dtype
+    for dtype, fast in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    )
+    if not fast()
+)
 
 
 # ---- cpu -----------------------------------------------------------------------------------------------------------
@@ -51,9 +56,9 @@ def slow_half(dtype: torch.dtype) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias by the fastest library here; halves may come back as float32, not yet rounded."""
-    if slow_half(x.dtype):
+    if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if onednn_wins(x.dtype) and x.numel() and weight.numel():
+    if ONEDNN_WINS and x.dtype == torch.float32 and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlops._op import acc, as_rows, op, sum_rows
-from dlops.ops import _linear_backends as linear_backends
 from dlops.ops._check import check_shape, check_tensors
+from dlops.ops._linear_backends import ONEDNN_WINS, implement
 from dlops.ops.activation import FROM_OUTPUT, activate, activate_backward, check_activation
 
 # torch runs linear in the dtype that the autocast context asks for.
@@ -219,7 +219,7 @@ def _rule(*args: Any) -> Sequence[str]:
         return ("vendor", "triton", "torch")
     # cpu: bench rows linear_act and gated_linear. Where oneDNN's products beat MKL's, so does its fused call, which
     # cannot keep the pre-activation (`save`, the last argument).
-    return ("vendor", "cpu", "torch") if args[-1] is False and linear_backends.onednn_wins(x.dtype) else ("cpu", "torch")
+    return ("vendor", "cpu", "torch") if ONEDNN_WINS and args[-1] is False else ("cpu", "torch")
 
 
 for _op in (
@@ -232,4 +232,4 @@ for _op in (
 ):
     _op.rule = _rule
     _op.implement("triton")
-    linear_backends.implement(_op)
+    implement(_op)
