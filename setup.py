@@ -18,7 +18,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "8.0;9.0a;10.0a;12.0+PTX"
-BASE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+BASE_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    f"-I{CSRC}",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
 HOST_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 ISA_FLAGS = {
     "generic": [],
@@ -48,7 +55,11 @@ def cuda_home() -> Path:
         candidates += re.findall(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
         candidates.append(str(Path(nvcc).resolve().parents[1]))
     for candidate in [*candidates, "/usr/local/cuda"]:
-        if candidate and (Path(candidate) / "include/cuda_runtime.h").exists() and (Path(candidate) / "bin/nvcc").exists():
+        if (
+            candidate
+            and (Path(candidate) / "include/cuda_runtime.h").exists()
+            and (Path(candidate) / "bin/nvcc").exists()
+        ):
             return Path(candidate).resolve()
     raise Missing("a CUDA toolkit (nvcc on PATH, or CUDA_HOME, with include/cuda_runtime.h)")
 
@@ -86,7 +97,10 @@ class Ninja:
         self.objects: list[str] = []
 
     def compile(self, rule: str, command: list[str], sources: list[Path]) -> None:
-        self.rules[rule] = f"rule {rule}\n  command = {' '.join(command)} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        self.rules[rule] = (
+            f"rule {rule}\n  command = {' '.join(command)} -MD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n"
+        )
         for source in sources:
             built = self.folder / f"{rule}_{source.parent.name}_{source.stem}.o"
             self.edges.append(f"build {_escape(built)}: {rule} {_escape(source)}\n")
@@ -128,7 +142,10 @@ class BuildExt(build_ext):
         try:
             compiler = cxx()
         except Missing as missing:
-            print(f"dlops: NOT building dlops._C: it needs {missing}. dlops works without its CPU kernels.", file=sys.stderr)
+            print(
+                f"dlops: NOT building dlops._C: it needs {missing}. dlops works without its CPU kernels.",
+                file=sys.stderr,
+            )
             return False
         torch, includes, libraries = torch_paths()
         base = [compiler, *BASE_FLAGS, *HOST_FLAGS]
@@ -163,11 +180,18 @@ class BuildExt(build_ext):
         nvcc = [str(home / "bin/nvcc"), "-O3", "-std=c++20", f"-I{CSRC}", f"-ccbin={compiler}", "--threads=0"]
         nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(archs)]
         build.compile("nvcc", nvcc, sorted(CSRC.glob("cuda/*.cu")))
-        defines = ["-DUSE_CUDA", version_define(torch), f"'-DDLOPS_CUDA_ARCHS=\"{';'.join(archs)}\"'", f"-I{home}/include"]
+        defines = [
+            "-DUSE_CUDA",
+            version_define(torch),
+            f"'-DDLOPS_CUDA_ARCHS=\"{';'.join(archs)}\"'",
+            f"-I{home}/include",
+        ]
         shared = [s for s in sorted(CSRC.glob("bind/*.cpp")) if s.name.startswith("cuda_") or s.name == "check.cpp"]
         build.compile("bind", [compiler, *BASE_FLAGS, *HOST_FLAGS, *includes, *defines], shared)
         cuda = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        build.run([compiler, "-shared", "$objects", *libraries, "-ltorch_cpu", "-ltorch_cuda", "-ltorch", "-lc10", *cuda])
+        build.run(
+            [compiler, "-shared", "$objects", *libraries, "-ltorch_cpu", "-ltorch_cuda", "-ltorch", "-lc10", *cuda]
+        )
         return True
 
     def get_outputs(self) -> list[str]:

@@ -1,5 +1,7 @@
-"""``python -m dlops``: what is installed, built and available, and why not. Exit status 1 if kernels are missing although
-they could be built here."""
+"""``python -m dlops``: what is installed, built and available, and why not.
+
+Exit status 1 if kernels are missing although a compiler is here.
+"""
 
 import importlib
 import platform
@@ -38,7 +40,9 @@ def main() -> int:
         print(f"{package:9s} {_version(package)}")
     print(f"threads   {torch.get_num_threads()}")
     for i in range(torch.cuda.device_count()):
-        print(f"gpu {i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+        print(
+            f"gpu {i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        )
     if not torch.cuda.is_available():
         print("gpu       none")
     for name in ("_C", "_cuda"):

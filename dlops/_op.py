@@ -1,13 +1,13 @@
 """@op: one definition in plain PyTorch becomes a registered, differentiable, dispatched operator."""
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore[reportPrivateImportUsage]
 
 from dlops import backend
 
@@ -16,7 +16,6 @@ Formula = Callable[[Outputs, Sequence[Any], Sequence[Tensor], list[bool]], Seque
 
 library = torch.library.Library("dlops", "DEF")
 registry: dict[str, "Op"] = {}
-
 
 
 def _keys(name: str) -> torch._C.DispatchKeySet:
@@ -60,7 +59,7 @@ class Op:
         *,
         check: Callable[..., None] | None,
         fake: Callable[..., Any] | None,
-        autocast: dict[str, torch.dtype | None] | None,
+        autocast: Mapping[str, torch.dtype | None] | None,
         returns: Sequence[str],
     ) -> None:
         self.name: str = definition.__name__
@@ -172,9 +171,7 @@ class Op:
             setup_context(ctx, args, output)
             return output
 
-        torch.library.register_autograd(
-            f"dlops::{self.name}", backward, setup_context=setup_context, lib=library
-        )
+        torch.library.register_autograd(f"dlops::{self.name}", backward, setup_context=setup_context, lib=library)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self.name, (torch.autograd.Function,), methods)
 
@@ -229,7 +226,7 @@ def op(
     *,
     check: Callable[..., None] | None = None,
     fake: Callable[..., Any] | None = None,
-    autocast: dict[str, torch.dtype | None] | None = None,
+    autocast: Mapping[str, torch.dtype | None] | None = None,
     returns: Sequence[str] = ("out",),
 ) -> Any:
     """Register ``definition`` (annotated, positional, functional) as a dlops op.
@@ -263,7 +260,7 @@ def _ordinary(args: Sequence[Any]) -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
-        or torch.autograd._profiler_enabled()
+        or _profiler_enabled()
     ):
         return False
     return all(not isinstance(a, Tensor) or torch._C._dispatch_keys(a).raw_repr() in _PLAIN_KEYS for a in args)

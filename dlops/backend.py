@@ -20,11 +20,14 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _checked(name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default")
+        raise ValueError(
+            f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default"
+        )
     return name
 
 
-_forced: ContextVar[str | None] = ContextVar("dlops_backend", default=_checked(os.environ.get("DLOPS_BACKEND") or None))
+_default = _checked(os.environ.get("DLOPS_BACKEND") or None)
+_forced: ContextVar[str | None] = ContextVar("dlops_backend", default=_default)
 forced = _forced.get
 
 
@@ -54,7 +57,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 @functools.cache
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
-    import triton
+    import triton.knobs
 
     return bool(triton.knobs.runtime.interpret)
 

@@ -232,9 +232,7 @@ def add_rms_norm(
         ValueError: a negative eps.
     """
     dims = _checked_dims("add_rms_norm", input, normalized_shape, weight)
-    y, total, _ = add_rms_norm_op(
-        _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps)
-    )
+    y, total, _ = add_rms_norm_op(_flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps))
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
 
@@ -285,7 +283,9 @@ def _checked_dims(name: str, x: Tensor, normalized_shape: Sequence[int], *parame
     dims = len(normalized_shape)
     shape = tuple(normalized_shape)
     if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != shape:
-        raise RuntimeError(f"{name}: input has shape {tuple(x.shape)}, accepted is (..., *normalized_shape) with {shape}")
+        raise RuntimeError(
+            f"{name}: input has shape {tuple(x.shape)}, accepted is (..., *normalized_shape) with {shape}"
+        )
     for parameter in parameters:
         if parameter is not None and tuple(parameter.shape) != shape:
             raise RuntimeError(

@@ -19,23 +19,22 @@ class Tile(NamedTuple):
 # Per architecture and arithmetic, largest tile first. "half" is 16-bit; float32 is "tf32" or "ieee", as torch's
 # setting says. The 16- and 32-row tiles are for decoding: they only have to keep enough bytes of the weight in flight.
 _IEEE = (
-    Tile(128, 64, 16, 8, 3, 2),
-    Tile(64, 64, 16, 8, 3, 2),
-    Tile(32, 32, 32, 4, 3, 4),
-    Tile(16, 32, 64, 4, 3, 4),
+    Tile(64, 64, 16, 4, 3, 2),
+    Tile(32, 32, 16, 4, 4, 4),
+    Tile(16, 32, 32, 4, 4, 4),
 )
 _FEW_ROWS = (
     Tile(32, 64, 128, 4, 3, 2),
     Tile(32, 32, 128, 4, 4, 2),
     Tile(16, 64, 128, 4, 4, 2),
-    Tile(16, 32, 128, 4, 5, 2),
+    Tile(16, 32, 256, 4, 3, 2),
     Tile(16, 16, 256, 4, 4, 2),
 )
 _FEW_ROWS_TF32 = (
     Tile(32, 64, 64, 4, 3, 2),
     Tile(32, 32, 64, 4, 4, 2),
     Tile(16, 64, 64, 4, 4, 2),
-    Tile(16, 32, 128, 4, 3, 2),
+    Tile(16, 32, 64, 4, 5, 2),
 )
 TILES = {
     80: {
@@ -43,7 +42,9 @@ TILES = {
             Tile(128, 128, 32, 8, 4, 2),
             Tile(64, 128, 32, 4, 4, 2),
             Tile(64, 64, 64, 4, 3, 3),
-            *_FEW_ROWS,
+            *_FEW_ROWS[:3],
+            Tile(16, 32, 128, 4, 3, 2),  # the wider one spills
+            _FEW_ROWS[4],
         ),
         "tf32": (
             Tile(128, 128, 32, 8, 3, 1),
@@ -78,8 +79,8 @@ TILES = {
             *_FEW_ROWS,
         ),
         "tf32": (
-            Tile(128, 128, 32, 8, 4, 1),
-            Tile(128, 64, 32, 4, 4, 2),
+            Tile(128, 256, 32, 8, 3, 1),
+            Tile(128, 64, 32, 8, 4, 2),
             Tile(64, 64, 32, 4, 4, 3),
             *_FEW_ROWS_TF32,
         ),

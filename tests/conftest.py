@@ -9,9 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from dlops.testing import Ratio, numerics_page  # noqa: E402
+from dlops.testing import Ratio, numerics_page
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +28,9 @@ def seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--numerics", type=Path, help="write the measured error ratios to this markdown file (run with -n 0)")
+    parser.addoption(
+        "--numerics", type=Path, help="write the measured error ratios to this markdown file (run with -n 0)"
+    )
 
 
 @pytest.fixture(scope="session")

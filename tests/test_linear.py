@@ -138,20 +138,30 @@ def test_modules() -> None:
         "bias_gate": (8,),
         "bias_up": (8,),
     }
-    product = torch.nn.functional.silu(x @ gated.weight_gate.T + gated.bias_gate) * (x @ gated.weight_up.T + gated.bias_up)
+    product = torch.nn.functional.silu(x @ gated.weight_gate.T + gated.bias_gate) * (
+        x @ gated.weight_up.T + gated.bias_up
+    )
     torch.testing.assert_close(gated(x), product)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, w: F.linear_act(x, w[:, :3]), RuntimeError, r"weight has shape \(5, 3\), accepted is \(out_features, 4\)"),
+        (
+            lambda x, w: F.linear_act(x, w[:, :3]),
+            RuntimeError,
+            r"weight has shape \(5, 3\), accepted is \(out_features, 4\)",
+        ),
         (lambda x, w: F.linear_act(x, w, w[:3, 0]), RuntimeError, r"bias has shape \(3,\), accepted is \(5,\)"),
         (lambda x, w: F.linear_act(x.long(), w.long()), RuntimeError, "x has dtype torch.int64"),
         (lambda x, w: F.linear_act(x + 0j, w + 0j), RuntimeError, "x has dtype torch.complex64"),
         (lambda x, w: F.linear_act(x, w.double()), RuntimeError, "weight has dtype torch.float64"),
         (lambda x, w: F.linear_act(x, w.to("meta")), RuntimeError, "weight is on meta"),
-        (lambda x, w: F.linear_act(x, w, activation="swish"), ValueError, "'swish', accepted are none, step, sign, relu"),
+        (
+            lambda x, w: F.linear_act(x, w, activation="swish"),
+            ValueError,
+            "'swish', accepted are none, step, sign, relu",
+        ),
         (lambda x, w: F.linear_act(x, w, activation="relu", alpha=1.0), TypeError, "alpha.*takes no parameters"),
         (lambda x, w: F.linear_act(x, w, activation="elu", beta=1.0), TypeError, "beta.*takes alpha"),
         (lambda x, w: F.linear_act(x[0, 0], w), RuntimeError, "0-dimensional"),

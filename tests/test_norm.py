@@ -92,8 +92,6 @@ def test_equal_to_torch(shape: tuple[int, ...], dims: int) -> None:
             torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + x + 1, normalized, weight))
 
 
-
-
 def test_modules_share_torch_state_dicts() -> None:
     for ours, theirs in [
         (dlops.nn.RMSNorm(6, eps=1e-3), torch.nn.RMSNorm(6, eps=1e-3)),
@@ -109,7 +107,11 @@ def test_modules_share_torch_state_dicts() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: F.add_rms_norm(x, x[:, :3], [4]), RuntimeError, r"residual has shape \(2, 3\), accepted is \(2, 4\)"),
+        (
+            lambda x: F.add_rms_norm(x, x[:, :3], [4]),
+            RuntimeError,
+            r"residual has shape \(2, 3\), accepted is \(2, 4\)",
+        ),
         (lambda x: F.add_rms_norm(x, x, [4], eps=-1.0), ValueError, "eps is -1.0, accepted are numbers >= 0"),
         (lambda x: F.add_rms_norm(x, x, [5]), RuntimeError, "input has shape"),
         (lambda x: F.add_rms_norm(x, x, [4], x[0, :3]), RuntimeError, "weight or bias has shape"),

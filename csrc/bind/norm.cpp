@@ -107,7 +107,7 @@ Backward backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weigh
     params.dbias = dbias->mutable_data_ptr<float>();
   }
   const auto& kernels = DLOPS_KERNELS(norm_kernels);
-  parallel(blocks, params.block_rows * width, [&](int64_t begin, int64_t end) {
+  parallel(width ? blocks : 0, params.block_rows * width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * width);
     kernels.backward(params, begin, end, scratch.data());
   });

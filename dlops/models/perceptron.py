@@ -1,6 +1,7 @@
 """Perceptrons: the McCulloch-Pitts neuron, Rosenblatt's perceptron, the MLP and the maxout network."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
-        hidden = [LinearAct(a, b, activation=activation) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)]
+        hidden = [LinearAct(a, b, activation=activation) for a, b in pairwise(sizes[:-1])]
         self.layers = nn.Sequential(*hidden, Linear(sizes[-2], sizes[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class MaxoutNetwork(nn.Module):
 
     def __init__(self, sizes: Sequence[int], num_pieces: int = 2) -> None:
         super().__init__()
-        hidden = [Maxout(a, b, num_pieces) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)]
+        hidden = [Maxout(a, b, num_pieces) for a, b in pairwise(sizes[:-1])]
         self.layers = nn.Sequential(*hidden, Linear(sizes[-2], sizes[-1]))
 
     def forward(self, x: Tensor) -> Tensor:

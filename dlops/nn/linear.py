@@ -59,6 +59,11 @@ class GatedLinear(torch.nn.Module):
     State dict: ``weight_gate``, ``weight_up`` (out_features, in_features), ``bias_gate``, ``bias_up`` (out_features,).
     """
 
+    weight_gate: Parameter
+    weight_up: Parameter
+    bias_gate: Parameter | None
+    bias_up: Parameter | None
+
     def __init__(
         self,
         in_features: int,

@@ -29,7 +29,6 @@ _ONEDNN = {
 _CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
 
 
-
 def _onednn_wins() -> bool:
     if backend.cpu_vendor() != "AuthenticAMD" or not torch.backends.mkldnn.is_available():
         return False
@@ -157,7 +156,7 @@ def _vendor_linear_act(
         return (activate(pre, activation, params) if save else pre), pre if save else x.new_empty(0)
     if x.is_cuda:
         assert bias is not None
-        y = torch._addmm_activation(bias, as_rows(x), weight.t(), use_gelu=_CUBLASLT[activation])
+        y = torch.ops.aten._addmm_activation(bias, as_rows(x), weight.t(), use_gelu=_CUBLASLT[activation])
         return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
     return _onednn(x, weight, bias, activation, params), x.new_empty(0)
 
@@ -253,9 +252,7 @@ def _refuses_vendor_linear_act(
     return _refuses_onednn(x, weight, "none" if save else activation)
 
 
-def _refuses_vendor_linear_act_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, *others: Any
-) -> str | None:
+def _refuses_vendor_linear_act_backward(dy: Tensor, x: Tensor, weight: Tensor, *others: Any) -> str | None:
     return None if x.is_cuda else _refuses_onednn(x, weight, "none")
 
 

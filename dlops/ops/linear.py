@@ -50,9 +50,7 @@ def _check_gated_linear(
     params: list[float],
     save: bool,
 ) -> None:
-    check_tensors(
-        "gated_linear", x, weight_gate=weight_gate, weight_up=weight_up, bias_gate=bias_gate, bias_up=bias_up
-    )
+    check_tensors("gated_linear", x, weight_gate=weight_gate, weight_up=weight_up, bias_gate=bias_gate, bias_up=bias_up)
     _check_weight("gated_linear", "weight_gate", x, weight_gate)
     check_shape("gated_linear", "weight_up", weight_up, weight_gate.shape)
     check_shape("gated_linear", "bias_gate", bias_gate, weight_gate.shape[:1])

@@ -36,9 +36,7 @@ def _check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps:
     check_eps("add_rms_norm", eps)
 
 
-def _check_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> None:
+def _check_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     check_tensors("add_layer_norm", x, residual=residual, weight=weight, bias=bias)
     check_shape("add_layer_norm", "residual", residual, x.shape)
     check_shape("add_layer_norm", "weight", weight, x.shape[-1:])
@@ -75,9 +73,7 @@ def rms_norm_backward(
 
 
 @op(returns=("y", "mean", "rstd"), check=_check_layer_norm, autocast=AUTOCAST)
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension; mean and rstd in float32."""
     mean = acc(x).mean(-1)
     centred = acc(x) - mean[..., None]
@@ -119,9 +115,7 @@ def layer_norm_backward(
 
 
 @op(returns=("y", "sum", "rstd"), check=_check_add_rms_norm, autocast=AUTOCAST)
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """sum = x + residual, rounded to their dtype, and :func:`rms_norm` of it."""
     total = (x + residual).contiguous()
     y, rstd = rms_norm.definition(total, weight, eps)
@@ -211,9 +205,7 @@ def _vendor_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tens
 def _vendor_rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dsum: Tensor | None, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = torch.ops.aten._fused_rms_norm_backward(
-        dy, x, x.shape[-1:], rstd[..., None], weight, output_mask
-    )
+    dx, dweight = torch.ops.aten._fused_rms_norm_backward(dy, x, x.shape[-1:], rstd[..., None], weight, output_mask)
     return _given(dx, dsum, x), _given(dweight, None, x)
 
 

@@ -1,4 +1,4 @@
-"""The blocks of :mod:`dlops.models` in plain torch.nn, with the same state dicts: what the blocks are checked against."""
+"""The blocks of :mod:`dlops.models` in plain torch.nn, with the same state dicts: what they are checked against."""
 
 from dlops.models.plain.perceptron import MLP, MaxoutNetwork, McCullochPitts, Perceptron
 

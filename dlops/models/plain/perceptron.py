@@ -1,6 +1,7 @@
 """Perceptrons in plain torch.nn."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
-        self.layers = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.layers = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(sizes)])
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class MaxoutNetwork(nn.Module):
 
     def __init__(self, sizes: Sequence[int], num_pieces: int = 2) -> None:
         super().__init__()
-        hidden = [nn.Linear(a, b * num_pieces) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)]
+        hidden = [nn.Linear(a, b * num_pieces) for a, b in pairwise(sizes[:-1])]
         self.layers = nn.Sequential(*hidden, nn.Linear(sizes[-2], sizes[-1]))
         self.num_pieces = num_pieces
 
