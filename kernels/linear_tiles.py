@@ -81,7 +81,7 @@ TILES = {
         "tf32": (
             Tile(128, 256, 32, 8, 3, 1),
             Tile(128, 64, 32, 8, 4, 2),
-            Tile(64, 64, 32, 4, 4, 3),
+            Tile(64, 64, 64, 4, 3, 2),
             *_FEW_ROWS_TF32,
         ),
         "ieee": _IEEE,
@@ -134,7 +134,9 @@ def tile_for(kind: str, arithmetic: str, M: int, N: int, arch: int, num_sms: int
     """The largest tile no taller than M that gives every SM work, else the one that gives work to most."""
     tiles = [t for t in TILES[arch_of(arch)][arithmetic] if tma or t.block_m * t.block_n <= MAX_POINTER_TILE]
     tiles = [SHAPED[kind](tile) for tile in tiles]
-    tiles = [tile for tile in tiles if tile.block_m <= max(16, triton.next_power_of_2(M))]
+    rows = max(16, triton.next_power_of_2(M))
+    least = 64 if tma else min(rows, 32)
+    tiles = [tile for tile in tiles if least <= tile.block_m <= max(rows, least)]
 
     def count(tile: Tile) -> int:
         return triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)

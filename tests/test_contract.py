@@ -1,4 +1,7 @@
-"""The contract, for every op, on every backend. An op added later is found in the registry; its samples in test_*.py."""
+"""The contract, for every op, on every backend.
+
+An op added later is found in the registry, and its samples in tests/test_*.py.
+"""
 
 import importlib.util
 import sys

@@ -12,7 +12,7 @@ from dlops.ops import linear
 from dlops.ops.activation import ACTIVATIONS, FROM_OUTPUT, activate, activation_params
 from dlops.testing import Make, samples
 
-# x's leading shape, out_features, in_features: odd sizes, tile edges +-1, one element, empty, a long reduction.
+# x's leading shape, out_features, in_features: odd sizes, tile edges +-1, one element, empty; LONG: a long reduction.
 SHAPES = [
     ((), 3, 5),
     ((1,), 1, 1),
@@ -23,8 +23,8 @@ SHAPES = [
     ((15,), 17, 33),
     ((2, 3), 31, 64),
     ((2, 1, 2, 1), 5, 9),
-    ((9,), 24, 8200),
 ]
+LONG = ((9,), 24, 8200)
 OPTIONS = {"leaky_relu": [0.2], "elu": [0.7], "softplus": [1.5, 3.0]}
 
 
@@ -42,6 +42,8 @@ def linear_act_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for lead, n, k in SHAPES:
         yield make(*lead, k), make(n, k), make(n), "gelu", [], True
         yield make(*lead, k), make(n, k), None, "relu", [], False
+    lead, n, k = LONG
+    yield make(*lead, k), make(n, k), None, "silu", [], True
     yield make(3, 4), make(5, 4), None, "silu", [], False
 
 
