@@ -1,21 +1,25 @@
 # make bench | make test set up a virtual environment in .venv and everything in it by themselves.
 PYTHON ?= python3
-VENV := .venv
-PY := $(VENV)/bin/python
 OUT ?= out
 PART ?= all
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+WORKERS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find csrc -type f) setup.py
+CLANG_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 PYTEST := -m pytest tests
+PIP := -m pip --disable-pip-version-check
+# What pyproject.toml's [build-system] would fetch for an isolated build.
+BUILD_REQUIRES := "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" ninja numpy
 
-.PHONY: bench test lint docs gpu gpu-test gpu-bench check-abi wheel wheel-smoke clean
+.PHONY: bench test lint docs gpu gpu-test gpu-bench gpu-build wheel check-abi wheel-smoke clean
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/built
 	$(PY) -m bench
 
 test: $(VENV)/built
-	$(PY) $(PYTEST) -n 2
+	$(PY) $(PYTEST) -n $(WORKERS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -28,53 +32,59 @@ docs: $(VENV)/built
 	$(PY) $(PYTEST)/test_contract.py -n 0 -q -k test_error_ratio --numerics docs/numerics.md
 	$(PY) -m bench --docs docs/performance.md
 
-# The dependencies, then dlops itself against the torch just installed: no second torch for an isolated build.
+# dlops is built against the torch just installed: an isolated build would fetch a second one.
 $(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'dlops needs Python 3.10 or newer: make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "torch>=2.11"
-	$(PY) tests/requirements.py | xargs -d '\n' $(PY) -m pip install -q
-	touch $@
+	$(PY) $(PIP) install -q $(BUILD_REQUIRES)
+	$(PY) $(PIP) install -q --no-build-isolation -e ".[dev]"
+	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	touch $@
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
 
-# On a machine with a GPU and no network, in the Python that has everything: builds in place, tests natively, measures.
+# On a machine with a GPU and no network, where PYTHON has everything: an environment over PYTHON's, which stays as it is.
+GPU := .venv-gpu
 gpu: $(if $(filter all,$(PART)),gpu-test gpu-bench,gpu-$(PART))
 
 gpu-build:
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . || $(PYTHON) -m pip install -q --no-build-isolation --no-deps --target $(OUT)/site .
+	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU)
+	$(PYTHON) -c "import sys; print('import site;', '; '.join(f'site.addsitedir({p!r})' for p in sys.path if p.endswith('-packages')))" \
+	  > "$$($(GPU)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
+	$(GPU)/bin/python setup.py -q build_ext --inplace
+	$(GPU)/bin/python $(PIP) install -q --no-build-isolation --no-deps --no-index -e .
+	$(GPU)/bin/python -m dlops
+	mkdir -p "$(OUT)"
 
 gpu-test: gpu-build
-	mkdir -p $(OUT)
-	$(PYTHON) $(PYTEST) -q -n 4 --junit-xml=$(OUT)/tests.xml
+	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --junit-xml="$(OUT)/tests.xml"
 
 gpu-bench: gpu-build
-	mkdir -p $(OUT)
-	$(PYTHON) -m bench --json $(OUT)/bench.json
+	$(GPU)/bin/python -m bench --json "$(OUT)/bench.json"
+
+wheel: $(VENV)/installed
+	rm -rf dist build/lib.*
+	$(PY) $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 
 # The newest torch's build, run under the oldest torch that is supported.
 check-abi: wheel .venv-oldest/installed
-	.venv-oldest/bin/python -m pip install -q --no-deps --force-reinstall dist/dlops-*.whl
-	cd / && $(CURDIR)/.venv-oldest/bin/python $(CURDIR)/tests/smoke.py
+	.venv-oldest/bin/python $(PIP) install -q --no-deps --force-reinstall dist/dlops-*.whl
+	cd / && "$(CURDIR)/.venv-oldest/bin/python" "$(CURDIR)/tests/smoke.py"
 
 .venv-oldest/installed:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q "torch==2.11.*" numpy
-	touch $@
-
-wheel: $(VENV)/installed
-	rm -rf dist
-	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	.venv-oldest/bin/python $(PIP) install -q "torch==2.11.*" numpy pytest
+	@touch $@
 
 # As a user: an isolated build, a clean environment, another folder.
 wheel-smoke:
-	rm -rf dist .venv-smoke
+	rm -rf .venv-smoke build/lib.*
 	$(PYTHON) -m venv .venv-smoke
-	.venv-smoke/bin/python -m pip wheel -q --no-deps -w dist .
-	.venv-smoke/bin/python -m pip install -q dist/dlops-*.whl numpy
-	cd / && $(CURDIR)/.venv-smoke/bin/python $(CURDIR)/tests/smoke.py
+	.venv-smoke/bin/python $(PIP) wheel -q --no-deps -w .venv-smoke/wheel .
+	.venv-smoke/bin/python $(PIP) install -q .venv-smoke/wheel/dlops-*.whl numpy pytest
+	cd / && "$(CURDIR)/.venv-smoke/bin/python" -m dlops
+	cd / && "$(CURDIR)/.venv-smoke/bin/python" "$(CURDIR)/tests/smoke.py"
 
 clean:
-	rm -rf build dist $(VENV) .venv-oldest .venv-smoke dlops/*.so
+	rm -rf build dist out $(VENV) $(GPU) .venv-oldest .venv-smoke dlops/*.so

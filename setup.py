@@ -1,32 +1,37 @@
 """Builds dlops._C (CPU kernels, always) and dlops._cuda (CUDA kernels, where they can be built) with ninja.
 
-DLOPS_BUILD_CUDA=0 or 1 skips or forces dlops._cuda; TORCH_CUDA_ARCH_LIST chooses its architectures.
+Environment: CXX chooses the C++ compiler, MAX_JOBS the number of parallel jobs (default: one per CPU).
+DLOPS_BUILD_CUDA=0 skips dlops._cuda and 1 makes it an error if it cannot be built; CUDA_HOME chooses the toolkit,
+TORCH_CUDA_ARCH_LIST the architectures. Rebuilds compile only what changed, headers included.
 """
 
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-DEFAULT_ARCHS = "8.0;9.0a;10.0a;12.0+PTX"
-BASE_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-fPIC",
-    "-fvisibility=hidden",
-    f"-I{CSRC}",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-]
-HOST_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+OLDEST_TORCH = (2, 11)
+DEFAULT_ARCHS = ["8.0", "9.0a", "10.0a", "12.0+PTX"]
+# Only the stable ABI of the oldest torch: one binary serves every newer one.
+TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"
+CXX_FLAGS = shlex.split(
+    "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
+)
+NVCC_FLAGS = shlex.split("-O3 -std=c++20 --threads=0 -Xcompiler=-fPIC,-fvisibility=hidden")
+PATH_FLAGS = [f"-I{CSRC}", f"-ffile-prefix-map={ROOT}=."]  # no path of the build machine in the binary
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -38,43 +43,120 @@ class Missing(Exception):
     """Something that a build needs is not there; the message names it."""
 
 
-def cxx() -> str:
-    name = os.environ.get("CXX", "c++").split()[0]
-    found = shutil.which(name) or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        raise Missing("a C++ compiler (c++, g++ or clang++ on PATH, or CXX)")
-    return found
+def say(text: str) -> None:
+    print(f"dlops: {text}", file=sys.stderr, flush=True)
 
 
-def cuda_home() -> Path:
-    """The toolkit's root. The nvcc on PATH may be a wrapper outside of it, so nvcc itself is asked."""
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if nvcc is not None:
-        dryrun = subprocess.run([nvcc, "-v", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-        candidates += re.findall(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
-        candidates.append(str(Path(nvcc).resolve().parents[1]))
-    for candidate in [*candidates, "/usr/local/cuda"]:
-        if (
-            candidate
-            and (Path(candidate) / "include/cuda_runtime.h").exists()
-            and (Path(candidate) / "bin/nvcc").exists()
+def stop(text: str) -> SystemExit:
+    return SystemExit(f"dlops: {text}")
+
+
+# ---- what is there -------------------------------------------------------------------------------------------------
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler's command, which may begin with a launcher such as ccache."""
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(chosen[0]) is None:
+            raise stop(f"CXX names a compiler that is not there: {chosen[0]}")
+        return chosen
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise Missing("a C++ compiler (c++, g++ or clang++ on PATH, or CXX)")
+
+
+class Torch:
+    """The torch that is built against: its version, the flags to compile and link with."""
+
+    def __init__(self) -> None:
+        absent = [name for name in ("torch", "pybind11") if importlib.util.find_spec(name) is None]
+        if not shutil.which("ninja") and importlib.util.find_spec("ninja") is None:
+            absent.append("ninja")
+        if absent:
+            raise stop(f"without build isolation, install these first: {', '.join(absent)}")
+        import pybind11
+        import torch
+
+        self.module = torch
+        self.version = str(torch.__version__)
+        if tuple(int(part) for part in self.version.split(".")[:2]) < OLDEST_TORCH:
+            raise stop(f"torch {self.version} is here, dlops needs torch >= {'.'.join(map(str, OLDEST_TORCH))}")
+        root = Path(torch.__file__).parent
+        folders = [root / "include", sysconfig.get_paths()["include"], pybind11.get_include()]
+        self.compile = [f"-isystem{folder}" for folder in folders]
+        self.compile += [TORCH_TARGET, f'-DDLOPS_TORCH_VERSION="{self.version}"']
+        self.link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+
+
+class Toolkit:
+    """A CUDA toolkit, as its own nvcc describes it: the one on PATH may be a wrapper far from the toolkit."""
+
+    def __init__(self) -> None:
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+        if home is None and (found := shutil.which("nvcc")):
+            nvcc = Path(found)
+        if not nvcc.exists():
+            where = f"in CUDA_HOME ({home}/bin)" if home else "on PATH, or CUDA_HOME"
+            raise Missing(f"a CUDA toolkit (nvcc {where})")
+        says = self._ask(nvcc, "-v", "--dryrun", "x.cu")
+        top = re.search(r"^#\$ TOP=(.+)$", says, re.MULTILINE)
+        if top is None:
+            raise stop(
+                f"{nvcc} does not say where its toolkit is; DLOPS_BUILD_CUDA=0 builds without CUDA. It says:\n{says}"
+            )
+        self.root = Path(top[1].strip()).resolve()
+        includes, libraries = (self._flags(says, name) for name in ("INCLUDES", "LIBRARIES"))
+        self.compile = [
+            "-DUSE_CUDA",
+            *[flag.replace("-I", "-isystem", 1) for flag in includes],
+            f"-isystem{self.root}/include",
+        ]
+        if not any(
+            (Path(flag.removeprefix("-isystem")) / "cuda_runtime.h").exists()
+            for flag in [*self.compile, "/usr/include"]
         ):
-            return Path(candidate).resolve()
-    raise Missing("a CUDA toolkit (nvcc on PATH, or CUDA_HOME, with include/cuda_runtime.h)")
+            raise Missing(f"the CUDA runtime's headers (cuda_runtime.h of the toolkit in {self.root})")
+        # The runtime is linked in: whichever CUDA torch was built for, only the driver must know this one.
+        self.link = [*libraries, f"-L{self.root}/lib64", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        self.nvcc = self.root / "bin" / "nvcc" if (self.root / "bin" / "nvcc").exists() else nvcc
+        version = re.search(r"release ([\d.]+)", self._ask(self.nvcc, "--version"))
+        self.version = version[1] if version else "unknown"
+
+    @staticmethod
+    def _ask(nvcc: Path, *question: str) -> str:
+        answer = subprocess.run([nvcc, *question], capture_output=True, text=True)
+        return answer.stdout + answer.stderr
+
+    @staticmethod
+    def _flags(says: str, name: str) -> list[str]:
+        found = re.search(rf"^#\$ {name}=(.*)$", says, re.MULTILINE)
+        return shlex.split(found[1]) if found else []
+
+    def archs(self, torch: Any) -> list[str]:
+        """Compute capabilities to build for, like "9.0a" or "12.0+PTX"."""
+        if chosen := re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")):
+            for arch in filter(None, chosen):
+                if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+                    raise stop(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, accepted are entries like 8.0, 9.0a and 12.0+PTX")
+            if chosen != [""]:
+                return chosen
+        known = re.findall(r"sm_(\d+)", self._ask(self.nvcc, "--list-gpu-code"))
+        if torch.cuda.is_available():
+            here = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+            archs = [f"{major}.{minor}{'a' if major in (9, 10) else ''}" for major, minor in here]
+        else:
+            archs = [arch for arch in DEFAULT_ARCHS if _digits(arch) in known]
+        unknown = [arch for arch in archs if _digits(arch) not in known]
+        if unknown or not archs:
+            wanted = ", ".join(unknown or DEFAULT_ARCHS)
+            raise Missing(f"a CUDA toolkit newer than {self.version}, which cannot build for {wanted}")
+        return archs
 
 
-def cuda_archs(torch) -> list[str]:
-    """Compute capabilities to build for, like "9.0a" or "12.0+PTX"."""
-    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
-    if not chosen and torch.cuda.is_available():
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        chosen = ";".join(f"{major}.{minor}{'a' if major in (9, 10) else ''}" for major, minor in sorted(capabilities))
-    archs = [arch for arch in (chosen or DEFAULT_ARCHS).split(";") if arch]
-    for arch in archs:
-        if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", arch):
-            raise Missing(f"TORCH_CUDA_ARCH_LIST entries like 8.0, 9.0a or 12.0+PTX (got {arch!r})")
-    return archs
+def _digits(arch: str) -> str:
+    return re.sub(r"\D", "", arch)
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -87,134 +169,138 @@ def gencode(archs: list[str]) -> list[str]:
     return flags
 
 
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
 class Ninja:
-    """One build.ninja: compile edges with header dependencies, one link edge."""
+    """One build.ninja: compile edges with header dependencies, and one link edge per module."""
 
-    def __init__(self, folder: Path, target: Path) -> None:
-        self.folder, self.target = folder, target
-        self.rules: dict[str, str] = {}
-        self.edges: list[str] = []
-        self.objects: list[str] = []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = ""
 
-    def compile(self, rule: str, command: list[str], sources: list[Path]) -> None:
-        self.rules[rule] = (
-            f"rule {rule}\n  command = {' '.join(command)} -MD -MF $out.d -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n"
-        )
-        for source in sources:
-            built = self.folder / f"{rule}_{source.parent.name}_{source.stem}.o"
-            self.edges.append(f"build {_escape(built)}: {rule} {_escape(source)}\n")
-            self.objects.append(_escape(built))
+    def rule(self, name: str, command: list[str], tail: str) -> None:
+        self.text += f"rule {name}\n  description = {name} $out\n"
+        self.text += f"  command = {shlex.join(command).replace('$', '$$')} {tail}\n"
 
-    def run(self, link: list[str]) -> None:
+    def compile(self, rule: str, command: list[str], sources: list[Path]) -> list[Path]:
+        self.rule(rule, command, "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc")
+        objects = [self.folder / rule / f"{source.stem}.o" for source in sources]
+        for source, built in zip(sources, objects, strict=True):
+            self.text += f"build {_escape(built)}: {rule} {_escape(source)}\n"
+        return objects
+
+    def link(self, rule: str, command: list[str], objects: list[Path], libraries: list[str], target: Path) -> None:
+        self.rule(rule, command, f"$in {shlex.join(libraries)} -o $out")
+        self.text += f"build {_escape(target)}: {rule} {' '.join(map(_escape, objects))}\n"
+
+    def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.rules["link"] = f"rule link\n  command = {' '.join(link)} -o $out\n".replace("$objects", "$in")
-        edge = f"build {_escape(self.target)}: link {' '.join(self.objects)}\n"
-        (self.folder / "build.ninja").write_text("".join([*self.rules.values(), *self.edges, edge]))
-        ninja = shutil.which("ninja")
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        subprocess.run([*command, "-C", str(self.folder)], check=True)
+        (self.folder / "build.ninja").write_text(self.text)
+        found = shutil.which("ninja")
+        jobs = os.environ.get("MAX_JOBS") or str(
+            len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        )
+        command = [*([found] if found else [sys.executable, "-m", "ninja"]), "-j", jobs, "-C", str(self.folder)]
+        if subprocess.run(command).returncode:
+            raise stop("the build failed; the compiler's messages are above")
 
 
 def _escape(path: Path) -> str:
-    return str(path).replace(" ", "$ ").replace(":", "$:")
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 class BuildExt(build_ext):
-    """Writes and runs one build.ninja per extension."""
+    """Builds with ninja every extension that can be built here, and leaves no older build of the others behind."""
 
     def run(self) -> None:
-        built = [self.build_host()]
-        built += [self.build_cuda()]
-        self.extensions = [e for e, ok in zip(self.extensions, built, strict=True) if ok]
+        start = perf_counter()
+        base = Path(self.get_finalized_command("build").build_base).resolve()
+        ninja = Ninja(base / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        absent = {"dlops._C": self.plan_host(ninja), "dlops._cuda": self.plan_cuda(ninja)}
+        built = [extension for extension in self.extensions if absent[extension.name] is None]
+        if built:
+            ninja.run()
+        for extension in self.extensions:
+            target = Path(self.build_lib, self.get_ext_filename(extension.name))
+            inplace = Path(self.get_ext_fullpath(extension.name))
+            target.unlink(missing_ok=True)
+            if extension in built:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ninja.folder / target.name, target)
+            elif self.inplace:
+                inplace.unlink(missing_ok=True)
+        self.extensions = built
         if self.inplace:
             self.copy_extensions_to_source()
+        names = " and ".join(extension.name for extension in built)
+        say(f"built {names or 'no extension'} in {perf_counter() - start:.0f} s")
 
-    def build_extension(self, ext: Extension) -> None:
-        raise NotImplementedError("run() builds every extension")
-
-    def ninja(self, name: str) -> Ninja:
-        target = Path(self.build_lib).resolve() / self.get_ext_filename(self.get_ext_fullname(name))
-        return Ninja(Path(self.build_temp).resolve() / name.rpartition(".")[2], target)
-
-    def build_host(self) -> bool:
+    def plan_host(self, ninja: Ninja) -> str | None:
+        """Adds dlops._C to the build; returns why it cannot be built, or None."""
         try:
-            compiler = cxx()
+            compiler = find_cxx()
         except Missing as missing:
-            print(
-                f"dlops: NOT building dlops._C: it needs {missing}. dlops works without its CPU kernels.",
-                file=sys.stderr,
-            )
-            return False
-        torch, includes, libraries = torch_paths()
-        base = [compiler, *BASE_FLAGS, *HOST_FLAGS]
-        build = self.ninja("dlops._C")
+            say(f"NOT building dlops._C: it needs {missing}. dlops works without it, on its other backends")
+            return str(missing)
+        torch = Torch()
+        base = [*compiler, *CXX_FLAGS, *PATH_FLAGS]
+        flags = " ".join([*CXX_FLAGS, TORCH_TARGET])
+        bind = [source for source in _sources("bind/*.cpp") if not source.name.startswith("cuda_")]
+        objects = ninja.compile("host_bind", [*base, *torch.compile, f'-DDLOPS_FLAGS="{flags}"'], bind)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for isa in ISA_FLAGS if x86 else ("generic",):
-            build.compile(isa, [*base, *ISA_FLAGS[isa], f"-DDLOPS_ISA={isa}"], sorted(CSRC.glob("cpu/*.cpp")))
-        defines = [version_define(torch)]
-        sources = [s for s in sorted(CSRC.glob("bind/*.cpp")) if not s.name.startswith("cuda_")]
-        build.compile("bind", [*base, *includes, *defines], sources)
-        build.run([compiler, "-shared", "$objects", *libraries, "-ltorch_cpu", "-ltorch", "-lc10"])
-        return True
+            command = [*base, *ISA_FLAGS[isa], f"-DDLOPS_ISA={isa}"]
+            objects += ninja.compile(f"host_{isa}", command, _sources("cpu/*.cpp"))
+        target = ninja.folder / Path(self.get_ext_filename("dlops._C")).name
+        ninja.link("host_link", [*compiler, "-shared"], objects, torch.link, target)
+        return None
 
-    def build_cuda(self) -> bool:
+    def plan_cuda(self, ninja: Ninja) -> str | None:
+        """Adds dlops._cuda to the build; returns why it is not built, or None."""
         forced = os.environ.get("DLOPS_BUILD_CUDA", "")
         if forced not in ("", "0", "1"):
-            raise SystemExit(f"dlops: DLOPS_BUILD_CUDA is {forced!r}, accepted are 0 and 1")
+            raise stop(f"DLOPS_BUILD_CUDA: got {forced!r}, accepted are 0 and 1")
         if forced == "0":
-            return False
+            return "DLOPS_BUILD_CUDA=0"
         try:
-            compiler, home = cxx(), cuda_home()
-            torch, includes, libraries = torch_paths()
-            if torch.version.cuda is None:
-                raise Missing(f"a CUDA build of torch (torch {torch.__version__} is a CPU build)")
-            archs = cuda_archs(torch)
+            compiler, toolkit, torch = find_cxx(), Toolkit(), Torch()
+            built_for = torch.module.version.cuda
+            if built_for is None:
+                raise Missing(f"a CUDA build of torch (torch {torch.version} is not one)")
+            archs = toolkit.archs(torch.module)
         except Missing as missing:
             if forced == "1":
-                raise SystemExit(f"dlops: DLOPS_BUILD_CUDA=1, but building dlops._cuda needs {missing}") from None
-            print(f"dlops: not building dlops._cuda: it needs {missing}", file=sys.stderr)
-            return False
-        build = self.ninja("dlops._cuda")
-        nvcc = [str(home / "bin/nvcc"), "-O3", "-std=c++20", f"-I{CSRC}", f"-ccbin={compiler}", "--threads=0"]
-        nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(archs)]
-        build.compile("nvcc", nvcc, sorted(CSRC.glob("cuda/*.cu")))
-        defines = [
-            "-DUSE_CUDA",
-            version_define(torch),
-            f"'-DDLOPS_CUDA_ARCHS=\"{';'.join(archs)}\"'",
-            f"-I{home}/include",
-        ]
-        shared = [s for s in sorted(CSRC.glob("bind/*.cpp")) if s.name.startswith("cuda_") or s.name == "check.cpp"]
-        build.compile("bind", [compiler, *BASE_FLAGS, *HOST_FLAGS, *includes, *defines], shared)
-        cuda = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        build.run(
-            [compiler, "-shared", "$objects", *libraries, "-ltorch_cpu", "-ltorch_cuda", "-ltorch", "-lc10", *cuda]
-        )
-        return True
+                raise stop(f"DLOPS_BUILD_CUDA=1, but building dlops._cuda needs {missing}") from None
+            say(f"not building dlops._cuda: it needs {missing}")
+            return str(missing)
+        say(f"building dlops._cuda for {', '.join(archs)} with CUDA {toolkit.version} in {toolkit.root}")
+        if built_for.split(".")[0] != toolkit.version.split(".")[0]:
+            say(f"torch was built for CUDA {built_for}; dlops._cuda will need a driver for CUDA {toolkit.version}")
+        host = next(word for word in compiler if Path(word).name not in ("ccache", "sccache"))
+        ccbin = [] if os.environ.get("NVCC_CCBIN") else [f"-ccbin={host}"]
+        nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *ccbin, f"-I{CSRC}", *gencode(archs)]
+        objects = ninja.compile("cuda_nvcc", nvcc, _sources("cuda/*.cu"))
+        command = [*compiler, *CXX_FLAGS, *PATH_FLAGS, *torch.compile, *toolkit.compile]
+        bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "check"))]
+        objects += ninja.compile("cuda_bind", [*command, f'-DDLOPS_CUDA_ARCHS="{";".join(archs)}"'], bind)
+        target = ninja.folder / Path(self.get_ext_filename("dlops._cuda")).name
+        ninja.link("cuda_link", [*compiler, "-shared"], objects, [*torch.link, *toolkit.link], target)
+        return None
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / self.get_ext_filename(e.name)) for e in self.extensions]
+        return [str(Path(self.build_lib, self.get_ext_filename(extension.name))) for extension in self.extensions]
 
 
-def torch_paths():
-    """torch itself, the include flags of extensions, and where its libraries are."""
-    import pybind11
-    import torch
-
-    root = Path(torch.__file__).parent
-    includes = [root / "include", sysconfig.get_paths()["include"], pybind11.get_include()]
-    return torch, [f"-isystem {path}" for path in includes], [f"-L{root / 'lib'}"]
+def _sources(pattern: str) -> list[Path]:
+    return sorted(CSRC.glob(pattern))
 
 
-def version_define(torch) -> str:
-    return f"'-DDLOPS_TORCH_VERSION=\"{torch.__version__}\"'"
-
-
-setup(
-    ext_modules=[Extension("dlops._C", []), Extension("dlops._cuda", [])],
-    cmdclass={"build_ext": BuildExt},
-    packages=["dlops", "dlops.kernels", "dlops.models", "dlops.models.plain", "dlops.nn", "dlops.ops"],
-    package_dir={"dlops": "dlops", "dlops.kernels": "kernels"},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("dlops._C", []), Extension("dlops._cuda", [])],
+        cmdclass={"build_ext": BuildExt},
+        # The folder kernels/ is installed inside dlops: another package on PyPI has its name.
+        packages=[*find_packages(include=["dlops", "dlops.*"]), "dlops.kernels"],
+        package_dir={"dlops": "dlops", "dlops.kernels": "kernels"},
+    )

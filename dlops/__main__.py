@@ -1,6 +1,6 @@
-"""``python -m dlops``: what is installed, built and available, and why not.
+"""``python -m dlops``: what is installed, built and available, and for what is not, why and how to get it.
 
-Exit status 1 if kernels are missing although a compiler is here.
+Exit status 1 if kernels are missing although their compiler is here.
 """
 
 import importlib
@@ -9,57 +9,88 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 import dlops
 
+HERE = Path(dlops.__file__).resolve().parent
 
-def _version(package: str) -> str:
+
+def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _shadowed() -> str | None:
-    """Whether this is a clone's folder that hides an installed dlops."""
-    here = Path(dlops.__file__).resolve().parent
+def line(name: str, text: object) -> None:
+    print(f"{name:12s} {text}")
+
+
+def load(name: str) -> ModuleType | ImportError:
+    try:
+        return importlib.import_module(f"dlops.{name}")
+    except ImportError as error:
+        return error
+
+
+def describe(module: ModuleType | ImportError) -> str:
+    """What an extension module says about itself, or why it is not here."""
+    if isinstance(module, ImportError):
+        return f"not built, or not loadable ({module})"
+    info = module.build_info()
+    kinds = info.get("isas") or info["architectures"].split(";")
+    return f"built with {info['compiler']} against torch {info['torch']}, for {', '.join(kinds)}"
+
+
+def devices() -> None:
+    isa = ""
+    if not dlops.backends()["cpu"]:
+        features = importlib.import_module("dlops._C").cpu_features()
+        isa = f"{features['vendor']}, kernels run with {features['isa']}, "
+    line("cpu", f"{isa}{torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        line(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+    if not torch.cuda.is_available():
+        line("cuda", "no GPU available to torch")
+
+
+def shadowing() -> str | None:
+    """Where another dlops is installed, which the one of the current folder hides."""
     for path in sys.path[1:]:
-        installed = Path(path or ".").resolve() / "dlops"
-        if installed != here and any(installed.glob("_C*")):
-            return f"the folder {here} hides the dlops installed at {installed}: run from another folder"
+        installed = Path(path).resolve() / "dlops"
+        if installed != HERE and (installed / "__init__.py").exists():
+            return str(installed)
     return None
 
 
 def main() -> int:
-    print(f"dlops     {dlops.__version__} ({Path(dlops.__file__).parent})")
-    print(f"python    {platform.python_version()} on {platform.machine()}")
-    print(f"torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    line("dlops", f"{dlops.__version__} in {HERE}")
+    line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    line("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")
     for package in ("triton", "numpy"):
-        print(f"{package:9s} {_version(package)}")
-    print(f"threads   {torch.get_num_threads()}")
-    for i in range(torch.cuda.device_count()):
-        print(
-            f"gpu {i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
-        )
-    if not torch.cuda.is_available():
-        print("gpu       none")
-    for name in ("_C", "_cuda"):
-        try:
-            module = importlib.import_module(f"dlops.{name}")
-        except ImportError as error:
-            print(f"dlops.{name}: not loaded ({error})")
-            continue
-        facts = {**module.build_info(), **(module.cpu_features() if name == "_C" else {})}
-        print(f"dlops.{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    print("backends")
+        line(package, version(package))
+    print("\ndevices")
+    devices()
+    print("\nextensions")
+    modules = {name: load(name) for name in ("_C", "_cuda")}
+    for name, module in modules.items():
+        line(f"dlops.{name}", describe(module))
+    print("\nbackends")
     for name, reason in dlops.backends().items():
-        print(f"  {name:8s} {'available' if reason is None else reason}")
-    if (hidden := _shadowed()) is not None:
-        print(hidden)
-    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return int(compiler and dlops.backends()["cpu"] is not None)
+        line(name, "available" if reason is None else f"not available: {reason}")
+
+    cxx = any(map(shutil.which, ("c++", "g++", "clang++")))
+    compiler = {"_C": cxx, "_cuda": cxx and shutil.which("nvcc") and torch.version.cuda}
+    missing = [f"dlops.{name}" for name in modules if compiler[name] and isinstance(modules[name], ImportError)]
+    if missing and (hidden := shadowing()):
+        print(f"\nThe folder {HERE} hides the dlops installed in {hidden}: run Python from another folder.")
+    elif missing:
+        print(f"\n{' and '.join(missing)}: not here, but the compiler is. Install dlops again and read what it prints.")
+    return int(bool(missing))
 
 
 if __name__ == "__main__":

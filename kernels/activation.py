@@ -1,6 +1,6 @@
 """Activations and their derivatives as device functions of float32 tiles, chosen by name at compile time.
 
-exp is exp2 of a prescaled argument; tanh, expm1 and log1p keep their relative accuracy near zero.
+exp reduces its argument before exp2; tanh, expm1 and log1p keep their relative accuracy near zero.
 p0, p1 are the activation's parameters: leaky_relu's slope, elu's alpha, softplus's beta and threshold.
 """
 
@@ -14,6 +14,8 @@ ACTIVATIONS = FROM_OUTPUT + FROM_INPUT
 FLAT = ("step", "sign")  # their gradient is zero everywhere
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: its products with n are exact
+LN2_LOW = tl.constexpr(-2.12194440e-4)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -22,7 +24,11 @@ GELU_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def exp(x):
-    return tl.exp2(x * LOG2E)
+    """2^n 2^(r log2 e) with n the nearest integer to x log2 e, r = x - n ln 2: the product's rounding does not grow."""
+    x = tl.where(x < -150.0, -150.0, tl.where(x > 150.0, 150.0, x))  # this way round a NaN stays
+    n = tl.floor(x * LOG2E + 0.5)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    return tl.exp2(r * LOG2E) * tl.exp2(n)
 
 
 @triton.jit
@@ -84,7 +90,7 @@ def activate(x, p0, p1, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is sigmoid(2 u)
-        return x * sigmoid((x + x * x * x * GELU_CUBIC) * SQRT_8_OVER_PI)
+        return x * sigmoid(x * (x * x * (GELU_CUBIC * SQRT_8_OVER_PI) + SQRT_8_OVER_PI))
     elif ACTIVATION == "silu":
         return x / (1.0 + exp(-x))
     elif ACTIVATION == "relu2":
@@ -123,9 +129,12 @@ def activate_grad(dy, saved, p0, p1, ACTIVATION: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(saved * SQRT_HALF))
         return dy * (cdf + saved * (exp(-0.5 * saved * saved) * INV_SQRT_2PI))
     elif ACTIVATION == "gelu_tanh":
-        square = tl.minimum(saved * saved, 1e4)  # where the factor of it is zero; its overflow would make that NaN
-        s = sigmoid(saved * SQRT_8_OVER_PI * (square * GELU_CUBIC + 1.0))
-        return dy * (s + saved * (s * (1.0 - s)) * ((square * GELU_CUBIC * 3.0 + 1.0) * SQRT_8_OVER_PI))
+        v = tl.where(saved < -12.0, -12.0, tl.where(saved > 12.0, 12.0, saved))  # beyond, the slope is 0 or 1
+        z = v * (v * v * (GELU_CUBIC * SQRT_8_OVER_PI) + SQRT_8_OVER_PI)
+        e = exp(-tl.abs(z))
+        near = 1.0 / (1.0 + e)  # sigmoid(|z|); e times it is the other side, without cancellation
+        slope = v * (v * v * (3.0 * GELU_CUBIC * SQRT_8_OVER_PI) + SQRT_8_OVER_PI)
+        return dy * (tl.where(z > 0, near, e * near) + slope * (e * near * near))
     elif ACTIVATION == "silu":
         s = sigmoid(saved)
         return dy * (s * (1.0 + saved * (1.0 - s)))

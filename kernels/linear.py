@@ -69,24 +69,32 @@ def linear_act_kernel(
     p0,  # parameters of the activation
     p1,
     ACTIVATION: tl.constexpr,  # its name
-    PRECISION: tl.constexpr,  # of float32 products: "tf32" or "ieee"
+    PRECISION: tl.constexpr,  # of the products: "ieee" for full float32, else "tf32"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # rows of tiles walked together
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     TMA: tl.constexpr,  # x, weight, y and pre are descriptors
+    RUN: tl.constexpr = 512,  # full float32 sums runs of so many products, then the runs
 ):
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=TMA):
         row, col = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total = 0.0  # of runs in full precision, which long sums of it need; tensor cores round less
+        if PRECISION == "ieee":
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             a = load_tile(x, row, k, 0, M, K, stride_x, BLOCK_M, BLOCK_K, EVEN_K, TMA)
             b = load_tile(weight, col, k, 0, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN_K, TMA)
             acc = multiply_add(a, b, acc, PRECISION)
-        if (
-            BLOCK_N > EPILOGUE_COLUMNS
-        ):  # half at a time: two tiles of results beside the accumulator would not fit the registers
+            if PRECISION == "ieee":
+                if k % RUN == RUN - BLOCK_K:
+                    total += acc
+                    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc += total
+        # Half at a time: two tiles of results beside the accumulator would not fit the registers.
+        if BLOCK_N > EPILOGUE_COLUMNS:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
             finish(left, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N // 2, TMA)
@@ -114,7 +122,7 @@ def gated_linear_kernel(
     p0,  # parameters of the activation
     p1,
     ACTIVATION: tl.constexpr,  # its name
-    PRECISION: tl.constexpr,  # of float32 products: "tf32" or "ieee"
+    PRECISION: tl.constexpr,  # of the products: "ieee" for full float32, else "tf32"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -152,7 +160,7 @@ def maxout_linear_kernel(
     K,  # inputs
     stride_x,  # elements from one row of x to the next
     PIECES: tl.constexpr,  # pieces of each output
-    PRECISION: tl.constexpr,  # of float32 products: "tf32" or "ieee"
+    PRECISION: tl.constexpr,  # of the products: "ieee" for full float32, else "tf32"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -221,7 +229,7 @@ class _Plan:
         self.x, self.weights, self.tma = x, weights, tma
         self.sizes = (M, N, K, stride_x)
         self.strides = [w.stride(0) for w in weights]
-        precision = "tf32" if arithmetic == "tf32" else "ieee"
+        precision = "ieee" if arithmetic == "ieee" else "tf32"  # halves have the one
         self.constants = (precision, tile.block_m, tile.block_n, tile.block_k, GROUP_M, K % tile.block_k == 0, tma)
         self.options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": FP_FUSION}
 

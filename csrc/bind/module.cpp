@@ -9,6 +9,12 @@
 #include <cpuid.h>
 #endif
 
+#if defined(__clang__)
+#define DLOPS_COMPILER __VERSION__
+#else
+#define DLOPS_COMPILER "GCC " __VERSION__
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -23,26 +29,31 @@ std::string vendor() {
 #endif
 }
 
-py::list compiled_isas() {
-  py::list isas;
-#define DLOPS_NAME(isa) isas.append(#isa);
-  DLOPS_FOR_EACH_ISA(DLOPS_NAME)
-#undef DLOPS_NAME
-  return isas;
-}
-
 py::dict cpu_features() {
   py::dict features;
   features["vendor"] = vendor();
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  features["avx2"] = bool(__builtin_cpu_supports("avx2"));
+  features["fma"] = bool(__builtin_cpu_supports("fma"));
+  features["f16c"] = bool(__builtin_cpu_supports("f16c"));
+  features["avx512"] = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
   features["isa"] = dlops::cpu_isa_name();
   return features;
 }
 
 py::dict build_info() {
   py::dict info;
-  info["compiler"] = __VERSION__;
+  info["compiler"] = DLOPS_COMPILER;
+  info["flags"] = DLOPS_FLAGS;
   info["torch"] = DLOPS_TORCH_VERSION;
-  info["isas"] = compiled_isas();
+  py::list isas;
+#define DLOPS_NAME(isa) isas.append(#isa);
+  DLOPS_FOR_EACH_ISA(DLOPS_NAME)
+#undef DLOPS_NAME
+  info["isas"] = isas;
   return info;
 }
 
@@ -50,6 +61,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dlops's CPU kernels; loading this module registers the dlops_cpu ops.";
-  m.def("build_info", &build_info, "The compiler, the torch whose headers were used, and the instruction sets built.");
-  m.def("cpu_features", &cpu_features, "The CPU's vendor and the instruction set whose kernels run.");
+  m.def("build_info", &build_info, "The compiler, its flags, the torch built against, and the instruction sets built.");
+  m.def("cpu_features", &cpu_features, "The CPU's vendor and features, and the instruction set whose kernels run.");
 }
