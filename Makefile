@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 # The pages that are generated from measured results.
 docs: $(VENV)/built
@@ -46,7 +46,9 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 
 # On a machine with a GPU and no network, where PYTHON has everything: an environment over PYTHON's, which stays as it is.
 GPU := .venv-gpu
-gpu: $(if $(filter all,$(PART)),gpu-test gpu-bench,gpu-$(PART))
+gpu: gpu-build
+	@failed=0; for part in $(if $(filter all,$(PART)),test bench,$(PART)); do \
+	  $(MAKE) --no-print-directory gpu-$$part || failed=1; done; exit $$failed
 
 gpu-build:
 	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU)
@@ -57,10 +59,10 @@ gpu-build:
 	$(GPU)/bin/python -m dlops
 	mkdir -p "$(OUT)"
 
-gpu-test: gpu-build
+gpu-test:
 	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --junit-xml="$(OUT)/tests.xml"
 
-gpu-bench: gpu-build
+gpu-bench:
 	$(GPU)/bin/python -m bench --json "$(OUT)/bench.json"
 
 wheel: $(VENV)/installed

@@ -85,7 +85,7 @@ class Torch:
         root = Path(torch.__file__).parent
         folders = [root / "include", sysconfig.get_paths()["include"], pybind11.get_include()]
         self.compile = [f"-isystem{folder}" for folder in folders]
-        self.compile += [TORCH_TARGET, f'-DDLOPS_TORCH_VERSION="{self.version}"']
+        self.compile += [f"-ffile-prefix-map={root}=torch", TORCH_TARGET, f'-DDLOPS_TORCH_VERSION="{self.version}"']
         self.link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
 
 

@@ -28,6 +28,7 @@ for _op in OPS:
     Make().samples(_op)  # an op without samples fails collection
 
 PAIRS = [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS for name in op.implementations]
+KERNELS = [pair for pair in PAIRS if pair.values[1] != "torch"]
 DIFFERENTIABLE = [op for op in OPS if op.differentiable]
 # What a kernel may refuse. Everything else in the samples it must serve, in every dtype of DTYPES.
 MAY_REFUSE = {"vendor"}
@@ -48,9 +49,10 @@ def served(op: Op, name: str, make: Make) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "name"), PAIRS)
+@pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: str, record_ratios: Any) -> None:
-    for draws in zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in range(4)], strict=True):
+    seeds = range(1 if name == "triton" and device == "cpu" else 4)  # the interpreter is slow
+    for draws in zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in seeds], strict=True):
         small = draws[0][0].numel() < 1000
         record_ratios(testing.check_ratios(op, draws if small else draws[:1], name))
 
@@ -58,12 +60,13 @@ def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: s
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_layouts(op: Op, name: str, device: str) -> None:
     for args in served(op, name, Make(torch.bfloat16, device))[::4]:
-        testing.check_layouts(op, args, name)
+        if args[0].numel() < 10_000:
+            testing.check_layouts(op, args, name)
 
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_deterministic_and_functional(op: Op, name: str, device: str) -> None:
-    for args in served(op, name, Make(torch.float32, device)):
+    for args in served(op, name, Make(torch.float32, device))[::2]:
         testing.check_deterministic(op, args, name)
         testing.check_untouched(op, args, name)
 

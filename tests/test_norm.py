@@ -13,7 +13,8 @@ from dlops.ops import norm
 from dlops.testing import Make, samples
 
 # Odd sizes, tile edges +-1, one element, empty, long rows, 1-d to 5-d.
-SHAPES = [(7,), (1, 1), (9, 5), (2, 0), (0, 8), (9, 127), (9, 128), (9, 129), (3, 4, 513), (5, 8193), (2, 1, 3, 2, 9)]
+SHAPES = [(7,), (1, 1), (9, 5), (2, 0), (0, 8), (9, 127), (9, 128), (9, 129), (3, 4, 513), (2, 1, 3, 2, 9)]
+LONG = (5, 8193)
 
 
 def _parameters(make: Make, *shapes: tuple[int, ...]) -> Iterator[tuple[Tensor | None, ...]]:
@@ -27,6 +28,7 @@ def rms_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         for (weight,) in _parameters(make, shape[-1:]):
             yield make(*shape), weight, 1e-6
     yield make(3, 9), make(9), 0.0
+    yield make(*LONG), make(*LONG[1:]), 1e-6
 
 
 @samples(norm.layer_norm)
@@ -36,6 +38,7 @@ def layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
             yield make(*shape), weight, bias, 1e-5
     yield make(3, 9), make(9), None, 1e-3
     yield make(3, 9), None, make(9), 1e-3
+    yield make(*LONG), make(*LONG[1:]), make(*LONG[1:]), 1e-5
 
 
 @samples(norm.add_rms_norm)
@@ -54,20 +57,24 @@ def add_layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
 def rms_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, eps in rms_norm_samples(make):
         rstd = norm.rms_norm.definition(x, weight, eps)[1]
-        for dsum in (None, make(*x.shape)):
+        for dsum in (None, make(*x.shape))[: 1 if x.shape == LONG else 2]:
             yield make(*x.shape), x, weight, rstd, dsum, [True, weight is not None]
-    yield make(3, 9), make(3, 9), make(9), make(3).float(), None, [False, True]
-    yield make(3, 9), make(3, 9), make(9), make(3).float(), None, [True, False]
+    x, weight = make(8, 9), make(9)
+    rstd = norm.rms_norm.definition(x, weight, 1e-6)[1]
+    for mask in ([False, True], [True, False]):
+        yield make(8, 9), x, weight, rstd, None, mask
 
 
 @samples(norm.layer_norm_backward, degree=6)
 def layer_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, eps in layer_norm_samples(make):
         _, mean, rstd = norm.layer_norm.definition(x, weight, bias, eps)
-        for dsum in (None, make(*x.shape)):
+        for dsum in (None, make(*x.shape))[: 1 if x.shape == LONG else 2]:
             yield make(*x.shape), x, weight, mean, rstd, dsum, [True, weight is not None, bias is not None]
+    x, weight = make(8, 9), make(9)
+    _, mean, rstd = norm.layer_norm.definition(x, weight, None, 1e-6)
     for mask in ([False, True, False], [False, False, True], [True, False, False]):
-        yield make(3, 9), make(3, 9), make(9), make(3).float(), make(3).float(), None, mask
+        yield make(8, 9), x, weight, mean, rstd, None, mask
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (2, 3, 4, 6)])

@@ -86,6 +86,15 @@ Tensor act(const Tensor& pre, std::string activation, std::vector<double> params
   return y;
 }
 
+// In place, on a product that nothing else holds: no second buffer, whose fresh pages cost as much as the pass.
+void act_(Tensor pre, std::string activation, std::vector<double> params) {
+  check(pre.is_contiguous(), "pre: expected a contiguous tensor, got ", pre);
+  Pass pass("pre", pre, activation, params);
+  pass.params.out = pre.mutable_data_ptr();
+  pass.params.stream = false;
+  pass.run(DLOPS_KERNELS(activation_kernels).act, false);
+}
+
 std::tuple<Tensor, Tensor> act_backward(const Tensor& dy, const Tensor& saved, std::string activation,
                                         std::vector<double> params, bool need_dbias) {
   Pass pass("saved", saved, activation, params);
@@ -106,6 +115,17 @@ Tensor gate(const Tensor& gate, const Tensor& up, std::string activation, std::v
   pass.params.out = y.mutable_data_ptr();
   pass.run(DLOPS_KERNELS(activation_kernels).gate, false);
   return y;
+}
+
+// In place on the gate's product.
+void gate_(Tensor gate, const Tensor& up, std::string activation, std::vector<double> params) {
+  check(gate.is_contiguous(), "gate: expected a contiguous tensor, got ", gate);
+  Pass pass("gate", gate, activation, params);
+  check_same("up", up, gate, "gate");
+  pass.add(up, &pass.params.up, &pass.params.up_stride);
+  pass.params.out = gate.mutable_data_ptr();
+  pass.params.stream = false;
+  pass.run(DLOPS_KERNELS(activation_kernels).gate, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
@@ -147,8 +167,10 @@ std::tuple<Tensor, Tensor> maxout(const Tensor& pre, int64_t num_pieces) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cpu, m) {
   m.def("act(Tensor pre, str activation, float[] params) -> Tensor");
+  m.def("act_(Tensor(a!) pre, str activation, float[] params) -> ()");
   m.def("act_backward(Tensor dy, Tensor saved, str activation, float[] params, bool need_dbias) -> (Tensor, Tensor)");
   m.def("gate(Tensor gate, Tensor up, str activation, float[] params) -> Tensor");
+  m.def("gate_(Tensor(a!) gate, Tensor up, str activation, float[] params) -> ()");
   m.def(
       "gate_backward(Tensor dy, Tensor gate, Tensor up, str activation, float[] params, bool need_dbias)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
@@ -157,8 +179,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dlops_cpu, CompositeExplicitAutograd, m) {
   m.impl("act", TORCH_BOX(&dlops::act));
+  m.impl("act_", TORCH_BOX(&dlops::act_));
   m.impl("act_backward", TORCH_BOX(&dlops::act_backward));
   m.impl("gate", TORCH_BOX(&dlops::gate));
+  m.impl("gate_", TORCH_BOX(&dlops::gate_));
   m.impl("gate_backward", TORCH_BOX(&dlops::gate_backward));
   m.impl("maxout", TORCH_BOX(&dlops::maxout));
 }

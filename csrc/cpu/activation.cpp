@@ -233,25 +233,35 @@ void gate_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
 }
 
 // The first largest piece, or the first NaN.
+// One row; kPieces is the number of pieces where the compiler shall know it, else 0. The value that wins is carried as
+// its own type: a float would need rounding back.
+template <class T, int kPieces>
+void maxout_row(const T* x, T* y, int64_t* index, int64_t width, int64_t num_pieces) {
+  const int64_t pieces = kPieces ? kPieces : num_pieces;
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) {
+    T winner = x[j * pieces];
+    float best = to_float(winner);
+    int64_t best_piece = 0;
+    for (int64_t piece = 1; piece < pieces; ++piece) {
+      const T value = x[j * pieces + piece];
+      const float candidate = to_float(value);
+      const bool better = (candidate > best) | ((candidate != candidate) & (best == best));
+      winner = better ? value : winner;
+      best = better ? candidate : best;
+      best_piece = better ? piece : best_piece;
+    }
+    y[j] = winner;
+    index[j] = best_piece;
+  }
+}
+
 template <class T>
 void maxout_typed(const MaxoutPass& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    T* y = static_cast<T*>(p.y) + row * p.width;
-    int64_t* index = p.index + row * p.width;
-    for (int64_t j = 0; j < p.width; ++j, x += p.num_pieces) {
-      float best = to_float(x[0]);
-      int64_t best_piece = 0;
-      for (int64_t piece = 1; piece < p.num_pieces; ++piece) {
-        const float candidate = to_float(x[piece]);
-        const bool better = candidate > best || (candidate != candidate && best == best);
-        best = better ? candidate : best;
-        best_piece = better ? piece : best_piece;
-      }
-      y[j] = x[best_piece];
-      index[j] = best_piece;
-    }
-  }
+  const auto run = p.num_pieces == 2 ? maxout_row<T, 2> : p.num_pieces == 4 ? maxout_row<T, 4> : maxout_row<T, 0>;
+  for (int64_t row = begin; row < end; ++row)
+    run(static_cast<const T*>(p.x) + row * p.x_stride, static_cast<T*>(p.y) + row * p.width, p.index + row * p.width,
+        p.width, p.num_pieces);
 }
 
 #define DLOPS_BY_DTYPE(function, Params)                                       \

@@ -66,8 +66,11 @@ def _cpu_linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], save: bool
 ) -> tuple[Tensor, Tensor]:
     pre = product(x, weight, bias)
-    y = pre if activation == "none" and not save else torch.ops.dlops_cpu.act(pre, activation, params)
-    return y.to(x.dtype), pre.to(x.dtype) if save else x.new_empty(0)
+    if save:
+        return torch.ops.dlops_cpu.act(pre, activation, params).to(x.dtype), pre.to(x.dtype)
+    if activation != "none":
+        torch.ops.dlops_cpu.act_(pre, activation, params)
+    return pre.to(x.dtype), x.new_empty(0)
 
 
 def _cpu_linear_act_backward(
@@ -94,8 +97,11 @@ def _cpu_gated_linear(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gate, up = product(x, weight_gate, bias_gate), product(x, weight_up, bias_up)
-    y = torch.ops.dlops_cpu.gate(gate, up, activation, params).to(x.dtype)
-    return y, gate.to(x.dtype) if save else x.new_empty(0), up.to(x.dtype) if save else x.new_empty(0)
+    if save:
+        y = torch.ops.dlops_cpu.gate(gate, up, activation, params)
+        return y.to(x.dtype), gate.to(x.dtype), up.to(x.dtype)
+    torch.ops.dlops_cpu.gate_(gate, up, activation, params)
+    return gate.to(x.dtype), x.new_empty(0), x.new_empty(0)
 
 
 def _cpu_gated_linear_backward(
