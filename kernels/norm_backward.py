@@ -145,6 +145,7 @@ def _backward(dy, x, weight, mean, rstd, dsum, want_dx, want_dweight, want_dbias
     if dsum is not None:
         dsum, stride_dsum = as_rows(dsum, D)
     weight = weight if weight is None else weight.contiguous()
+    mean, rstd = mean if mean is None else mean.contiguous(), rstd.contiguous()
     dx = torch.empty(shape, dtype=x.dtype, device=device) if want_dx else None
 
     wide = D > MAX_WIDTH

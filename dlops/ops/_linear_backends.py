@@ -26,6 +26,7 @@ _ONEDNN = {
     "silu": ("swish", [], ""),
     "hardswish": ("hardswish", [], ""),
 }
+_LONGEST_ONEDNN = 4096
 _CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
 
 
@@ -57,7 +58,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias by the fastest library here; halves may come back as float32, not yet rounded."""
     if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if ONEDNN_WINS and x.dtype == torch.float32 and x.numel() and weight.numel():
+    if ONEDNN_WINS and x.dtype == torch.float32 and x.shape[-1] <= _LONGEST_ONEDNN and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -243,6 +244,8 @@ def _refuses_onednn(x: Tensor, weight: Tensor, activation: str) -> str | None:
         return f"oneDNN's fused linear is used for float32 only, got {x.dtype}"
     if activation not in _ONEDNN:
         return f"oneDNN's fused linear has no {activation}"
+    if x.shape[-1] > _LONGEST_ONEDNN:
+        return f"oneDNN's sums of more than {_LONGEST_ONEDNN} products exceed the error ratio, got {x.shape[-1]}"
     return None if x.numel() and weight.numel() else "oneDNN's fused linear takes no empty tensors"
 
 
