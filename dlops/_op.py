@@ -205,10 +205,10 @@ class Op:
         return kernel
 
     def _load_cpu(self) -> Callable[..., Any]:
-        return getattr(torch.ops.dlops_cpu, self.name).default
+        return getattr(torch.ops.dlops_cpu, self.name).default._op
 
     def _load_cuda(self) -> Callable[..., Any]:
-        return getattr(torch.ops.dlops_cuda, self.name).default
+        return getattr(torch.ops.dlops_cuda, self.name).default._op
 
     def _load_triton(self) -> Callable[..., Any]:
         return getattr(self._kernels(), self.name)
@@ -218,7 +218,7 @@ class Op:
 
     def _refuses_triton(self, *args: Any) -> str | None:
         device = "cpu" if backend.triton_interpreted() else "cuda"
-        return _refuses_device(args, device) or _refuses_dtype(args) or self._kernels().unsupported(self.name, *args)
+        return _refuses(args, device) or self._kernels().unsupported(self.name, *args)
 
 
 def op(
@@ -248,9 +248,9 @@ def op(
 def default_rule(*args: Any) -> Sequence[str]:
     """Preference on a device nobody has measured: torch's fused op where there is one, else a kernel."""
     x = next(a for a in args if isinstance(a, Tensor))
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return ("vendor", "cuda", "triton", "torch")
-    return ("vendor", "cpu", "torch") if x.device.type == "cpu" else ("torch",)
+    return ("vendor", "cpu", "torch") if x.is_cpu else ("torch",)
 
 
 def _ordinary(args: Sequence[Any]) -> bool:
@@ -263,7 +263,10 @@ def _ordinary(args: Sequence[Any]) -> bool:
         or _profiler_enabled()
     ):
         return False
-    return all(not isinstance(a, Tensor) or torch._C._dispatch_keys(a).raw_repr() in _PLAIN_KEYS for a in args)
+    for a in args:  # a plain loop: a generator would cost more than the rest
+        if isinstance(a, Tensor) and torch._C._dispatch_keys(a).raw_repr() not in _PLAIN_KEYS:
+            return False
+    return True
 
 
 def _differentiate(
@@ -300,23 +303,19 @@ def _refuses_nothing(*args: Any) -> str | None:
     return None
 
 
-def _refuses_device(args: Sequence[Any], device: str) -> str | None:
-    for a in args:
-        if isinstance(a, Tensor) and a.device.type != device:
-            return f"it runs on {device} tensors, got one on {a.device}"
-    return None
-
-
-def _refuses_dtype(args: Sequence[Any]) -> str | None:
-    for a in args:
-        if isinstance(a, Tensor) and a.dtype not in backend.KERNEL_DTYPES and a.dtype != torch.int64:
-            return f"it serves float32, bfloat16 and float16, got {a.dtype}"
+def _refuses(args: Sequence[Any], device: str) -> str | None:
+    # The first argument speaks for all: an op's check has compared them, and runs on every host call's path.
+    x = args[0]
+    if not (x.is_cpu if device == "cpu" else x.is_cuda):
+        return f"it runs on {device} tensors, got one on {x.device}"
+    if x.dtype not in backend.KERNEL_DTYPES:
+        return f"it serves float32, bfloat16 and float16, got {x.dtype}"
     return None
 
 
 def _refuses_cpu(*args: Any) -> str | None:
-    return _refuses_device(args, "cpu") or _refuses_dtype(args)
+    return _refuses(args, "cpu")
 
 
 def _refuses_cuda(*args: Any) -> str | None:
-    return _refuses_device(args, "cuda") or _refuses_dtype(args)
+    return _refuses(args, "cuda")

@@ -149,25 +149,25 @@ _recorded: ContextVar[list[Decision] | None] = ContextVar("dlops_decisions", def
 def select(op: Dispatchable, args: Sequence[Any]) -> Callable[..., Any]:
     """The implementation of ``op`` that runs for ``args``: the forced backend, else the first that its rule names and
     that does not refuse them."""
-    name = _forced.get()
+    name, decisions = _forced.get(), _recorded.get()
     if name is not None:
         reason = refusal(op, name, args)
         if reason is not None:
             raise RuntimeError(f"dlops.{op.name}: backend {name!r} was forced but cannot run this call: {reason}")
-        if _recorded.get() is not None:
-            _record(Decision(op.name, name, "forced by use_backend or DLOPS_BACKEND"))
+        if decisions is not None:
+            decisions.append(Decision(op.name, name, "forced by use_backend or DLOPS_BACKEND"))
         return _loaded(op, name)
-    refused: dict[str, str] | None = None
+    refused = {}
     for name in op.rule(*args):
         reason = refusal(op, name, args)
         if reason is None:
             break
-        refused = {**(refused or {}), name: reason}
+        refused[name] = reason
         _log_once(op.name, name, reason)
     else:
         name = "torch"
-    if _recorded.get() is not None:
-        _record(Decision(op.name, name, _why(args), refused or {}))
+    if decisions is not None:
+        decisions.append(Decision(op.name, name, _why(args), refused))
     return _loaded(op, name)
 
 
@@ -194,12 +194,6 @@ def _why(args: Sequence[Any]) -> str:
     if devices == {"cpu"}:
         return "first choice of the op's rule that accepts these arguments"
     return "first choice that accepts these arguments; unmeasured here"
-
-
-def _record(decision: Decision) -> None:
-    decisions = _recorded.get()
-    if decisions is not None:
-        decisions.append(decision)
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,13 @@ _SMALL_NORM = 32768
 _SMALL_LINEAR = 1 << 21
 
 
-def _plain(x: Tensor, work: int, least: int) -> bool:
-    """Whether eager torch serves a fused function: nothing is forced, and there is little work or no kernel."""
-    if backend.forced() is not None:
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether eager torch serves a fused linear function: nothing is forced, and there is little work or no kernel."""
+    if backend.forced() is not None or weight.dim() != 2 or x.dim() == 0:
         return False
-    return x.dtype not in _FLOATS or (not torch.compiler.is_compiling() and work < least)
+    if x.dtype not in _FLOATS:
+        return x.dtype == torch.float64
+    return not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _SMALL_LINEAR
 
 
 def _keeps(activation: str, *tensors: Tensor | None) -> bool:
@@ -119,11 +121,10 @@ def linear_act(
         TypeError: a parameter that the activation does not take.
     """
     values = activation_params("linear_act", activation, params)
-    keep = _keeps(activation, x, weight, bias)
-    if _plain(x, x.numel() * weight.shape[0] if weight.dim() else 0, _SMALL_LINEAR):
-        linear_op.check(x, weight, bias, activation, values, keep)
+    if _plain(x, weight):
+        linear_op.check(x, weight, bias, activation, values, False)
         return activate(F.linear(x, weight, bias), activation, values)
-    return linear_op(x, weight, bias, activation, values, keep)[0]
+    return linear_op(x, weight, bias, activation, values, _keeps(activation, x, weight, bias))[0]
 
 
 def gated_linear(
@@ -151,15 +152,13 @@ def gated_linear(
         RuntimeError, ValueError, TypeError: as :func:`linear_act`.
     """
     values = activation_params("gated_linear", activation, params)
-    # The gate's own derivative may need only its output, but the product's needs both factors.
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight_gate, weight_up, bias_gate, bias_up)
-    )
-    args = (x, weight_gate, weight_up, bias_gate, bias_up, activation, values, keep)
-    if _plain(x, x.numel() * weight_gate.shape[0] if weight_gate.dim() else 0, _SMALL_LINEAR):
-        gated_op.check(*args)
+    inputs = (x, weight_gate, weight_up, bias_gate, bias_up)
+    if _plain(x, weight_gate):
+        gated_op.check(*inputs, activation, values, False)
         return activate(F.linear(x, weight_gate, bias_gate), activation, values) * F.linear(x, weight_up, bias_up)
-    return gated_op(*args)[0]
+    # The gate's own derivative may need only its output, but the product's needs both factors.
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return gated_op(*inputs, activation, values, keep)[0]
 
 
 def maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, num_pieces: int = 2) -> Tensor:
@@ -204,7 +203,7 @@ def layer_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`: input (..., *normalized_shape), weight and bias normalized_shape."""
     dims = _norm_dims(input, normalized_shape, (weight, bias), eps)
-    if dims == 0 or (_plain(input, input.numel(), _SMALL_NORM)):
+    if dims == 0 or (input.numel() < _SMALL_NORM and backend.forced() is None and not torch.compiler.is_compiling()):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y = layer_norm_op(_flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps)[0]
     return y if dims == 1 else y.view(input.shape)
@@ -263,18 +262,20 @@ def _norm_dims(
     if not isinstance(x, Tensor) or not isinstance(normalized_shape, (list, tuple)):
         return 0
     dims = len(normalized_shape)
-    if dims == 0 or x.dim() < dims or x.shape[-dims:] != tuple(normalized_shape):
+    shape = x.shape[-dims:]
+    if dims == 0 or x.dim() < dims or shape != tuple(normalized_shape):
         return 0
-    for parameter in parameters:
-        if parameter is not None and parameter.shape != x.shape[-dims:]:
-            return 0
     forced = backend.forced()
-    if forced is not None and forced != "torch":
+    kernels = forced is not None and forced != "torch"
+    for parameter in parameters:
+        if parameter is not None and (parameter.shape != shape or (not kernels and parameter.dtype != x.dtype)):
+            return 0
+    if kernels:
         return dims
-    if not _alike(x, *parameters) or (eps is not None and not eps >= 0):
+    if eps is not None and not eps >= 0:
         return 0
     # A GPU's norms are unmeasured: torch's fused ones run there.
-    if forced is None and (x.device.type != "cpu" or x.dtype not in _FLOATS or not CPU_KERNELS):
+    if forced is None and not (x.is_cpu and CPU_KERNELS and x.dtype in _FLOATS):
         return 0
     return dims
 

@@ -1,7 +1,5 @@
 """Argument checks shared by the ops: the exceptions name the argument, what came and what is accepted."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float6
 
 def check_tensors(op: str, x: Tensor, **others: Tensor | None) -> None:
     """Every tensor is floating point and shares ``x``'s dtype and device; ``x`` has at least one dimension."""
-    dtype, device = x.dtype, x.device
+    dtype, index, cpu = x.dtype, x.get_device(), x.is_cpu
     if dtype not in FLOATING:
         raise RuntimeError(f"{op}: x has dtype {dtype}, accepted are float32, bfloat16, float16 and float64")
     if x.dim() == 0:
@@ -20,13 +18,13 @@ def check_tensors(op: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if other.dtype != dtype:
             raise RuntimeError(f"{op}: {name} has dtype {other.dtype}, accepted is x's, {dtype}")
-        if other.device != device:
-            raise RuntimeError(f"{op}: {name} is on {other.device}, accepted is x's device, {device}")
+        if other.get_device() != index or other.is_cpu != cpu:
+            raise RuntimeError(f"{op}: {name} is on {other.device}, accepted is x's device, {x.device}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor | None, accepted: Sequence[int | torch.SymInt]) -> None:
+def check_shape(op: str, name: str, tensor: Tensor | None, accepted: torch.Size) -> None:
     """``tensor``, if given, has exactly the shape ``accepted``."""
-    if tensor is not None and tensor.shape != torch.Size(accepted):  # type: ignore[arg-type]
+    if tensor is not None and tensor.shape != accepted:
         raise RuntimeError(f"{op}: {name} has shape {tuple(tensor.shape)}, accepted is {tuple(accepted)}")
 
 

@@ -36,6 +36,7 @@ PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "elu": {"alpha": 1.0},
     "softplus": {"beta": 1.0, "threshold": 20.0},
 }
+_DEFAULTS = {name: list(PARAMETERS.get(name, {}).values()) for name in _TABLE}
 # Activations whose derivative is a function of their output: the backward keeps y, not the pre-activation.
 FROM_OUTPUT = frozenset({"none", "step", "sign", "relu", "sigmoid", "tanh"})
 
@@ -64,6 +65,8 @@ def activation_params(op: str, activation: str, given: Mapping[str, float]) -> l
         ValueError: an unknown activation.
         TypeError: a keyword that this activation does not take.
     """
+    if not given and activation in _DEFAULTS:
+        return _DEFAULTS[activation]
     accepted = _accepted(op, activation)
     for name in given:
         if name not in accepted:

@@ -213,7 +213,7 @@ maxout_linear.register_autograd(
 
 def _rule(*args: Any) -> Sequence[str]:
     x = args[0]
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return ("vendor", "triton", "torch")
     # cpu: bench rows linear_act and gated_linear. Where oneDNN's products beat MKL's, so does its fused call, which
     # cannot keep the pre-activation (`save`, the last argument).

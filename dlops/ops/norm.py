@@ -248,7 +248,7 @@ def _refuses_vendor_layer_norm(*args: Any) -> str | None:
 
 def _rule(*args: Any) -> Sequence[str]:
     # cpu: bench rows norm/*, 1.0x to 20x of torch's; elsewhere unmeasured.
-    return ("cpu", "vendor", "torch") if args[0].device.type == "cpu" else ("vendor", "cuda", "triton", "torch")
+    return ("cpu", "torch") if args[0].is_cpu else ("vendor", "cuda", "triton", "torch")
 
 
 rms_norm.implement("vendor", lambda: _vendor_rms_norm, _refuses_vendor_rms_norm)
