@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 
 # The pages that are generated from measured results.
 docs: $(VENV)/built
-	$(PY) $(PYTEST)/test_contract.py -n 0 -q -k test_error_ratio --numerics docs/numerics.md
+	$(PY) $(PYTEST)/test_contract.py -q -k test_error_ratio --numerics docs/numerics.md
 	$(PY) -m bench --docs docs/performance.md
 
 # dlops is built against the torch just installed: an isolated build would fetch a second one.

@@ -1,8 +1,9 @@
 """Fixtures only. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from dlops.testing import Ratio, numerics_page
+from dlops.testing import DTYPES, Ratio, numerics_page
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,15 +29,23 @@ def seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--numerics", type=Path, help="write the measured error ratios to this markdown file (run with -n 0)"
-    )
+    parser.addoption("--numerics", type=Path, help="write the measured error ratios to this markdown file")
 
 
-@pytest.fixture(scope="session")
-def record_ratios(pytestconfig: pytest.Config) -> Iterator[Callable[[list[Ratio]], None]]:
-    """Collects error ratios; with ``--numerics FILE`` the largest of each kind are written there at the end."""
-    found: list[Ratio] = []
-    yield found.extend
-    if page := pytestconfig.getoption("--numerics"):
-        page.write_text(numerics_page(found))
+@pytest.fixture
+def record_ratios(request: pytest.FixtureRequest) -> Callable[[list[Ratio]], None]:
+    """Collects a test's error ratios; with ``--numerics FILE`` the largest of each kind are written there."""
+
+    def record(found: list[Ratio]) -> None:
+        for r in found:
+            request.node.user_properties.append(("ratio", (r.op, r.what, str(r.dtype), r.backend, r.largest, r.rms)))
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if page := config.getoption("--numerics"):
+        reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        found = [value for report in reports for key, value in report.user_properties if key == "ratio"]
+        dtypes = {str(dtype): dtype for dtype in DTYPES}
+        page.write_text(numerics_page([Ratio(op, what, dtypes[dtype], *rest) for op, what, dtype, *rest in found]))
