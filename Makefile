@@ -19,7 +19,7 @@ bench: $(VENV)/built
 	$(PY) -m bench
 
 test: $(VENV)/built
-	$(PY) $(PYTEST) -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n $(WORKERS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 
 # The pages that are generated from measured results.
 docs: $(VENV)/built
-	$(PY) $(PYTEST)/test_contract.py -q -k test_error_ratio --numerics docs/numerics.md
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST)/test_contract.py -n $(WORKERS) -q -k test_error_ratio --numerics docs/numerics.md
 	$(PY) -m bench --docs docs/performance.md
 
 # dlops is built against the torch just installed: an isolated build would fetch a second one.
