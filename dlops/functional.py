@@ -176,6 +176,9 @@ def maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, num_pie
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: ``num_pieces`` does not divide weight's rows.
     """
+    if _plain(x, weight):
+        maxout_op.check(x, weight, bias, num_pieces)
+        return F.linear(x, weight, bias).unflatten(-1, (weight.shape[0] // num_pieces, num_pieces)).max(-1).values
     return maxout_op(x, weight, bias, num_pieces)[0]
 
 
@@ -203,7 +206,7 @@ def layer_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`: input (..., *normalized_shape), weight and bias normalized_shape."""
     dims = _norm_dims(input, normalized_shape, (weight, bias), eps)
-    if dims == 0 or (input.numel() < _SMALL_NORM and backend.forced() is None and not torch.compiler.is_compiling()):
+    if dims == 0 or _small(input):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y = layer_norm_op(_flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps)[0]
     return y if dims == 1 else y.view(input.shape)
@@ -249,10 +252,19 @@ def add_layer_norm(
         ``(normed, sum)``: layer_norm(input + residual) and input + residual, both shaped like input.
     """
     dims = _checked_dims("add_layer_norm", input, normalized_shape, weight, bias)
+    if dims == 1 and _small(input):
+        add_layer_norm_op.check(input, residual, weight, bias, eps)
+        total = input + residual
+        return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     y, total, *_ = add_layer_norm_op(
         _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _flat(bias, dims), eps
     )
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
+
+
+def _small(x: Tensor) -> bool:
+    """Whether torch's own layer_norm is faster than an op call, and nothing is forced."""
+    return backend.forced() is None and not torch.compiler.is_compiling() and x.numel() < _SMALL_NORM
 
 
 def _norm_dims(
