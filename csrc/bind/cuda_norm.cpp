@@ -1,32 +1,21 @@
-// dlops_cuda: normalisation of the last dimension.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
+// dlops_cuda (dlops_simt): normalisation of the last dimension.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "bind/check.h"
+#include "bind/cuda.h"
 #include "cuda/norm.h"
 
 namespace dlops {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-using torch::stable::accelerator::DeviceGuard;
-
-void* current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-void check_launch(const char* op, const char* error) { check(!error, op, ": the kernel did not start: ", error); }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
-  const Dtype dtype = check_dtype("x", x, DeviceType::CUDA);
+  const Dtype dtype = check_dtype("x", x, kDevice);
   check(x.dim() >= 1, "x: expected at least one dimension, got ", x);
-  const DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x);
   const Rows rows = as_rows(x);
   const Vector w = check_vector("weight", weight, x, rows.width);
   Tensor y = allocate_like(x);
@@ -48,12 +37,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
                                              const Tensor& rstd, const OptionalTensor& dsum,
                                              std::vector<bool> output_mask) {
   check(output_mask.size() == 2, "output_mask: expected 2 values, got ", output_mask.size());
-  const Dtype dtype = check_dtype("x", x, DeviceType::CUDA);
+  const Dtype dtype = check_dtype("x", x, kDevice);
   check(x.dim() >= 1, "x: expected at least one dimension, got ", x);
   const auto sizes = x.sizes();
   check_like("dy", dy, x, "x", &sizes);
   if (dsum) check_like("dsum", *dsum, x, "x", &sizes);
-  const DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x);
   const Vector rstd_vector = check_statistic("rstd", rstd, x);
   const Vector w = check_vector("weight", weight, x, x.size(x.dim() - 1));
   Tensor dx = absent(x), dweight = absent(x);
@@ -90,14 +79,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
 }  // namespace
 }  // namespace dlops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cuda, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(DLOPS_CUDA_LIBRARY, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? dsum, bool[2] output_mask)"
       " -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dlops_cuda, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(DLOPS_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("rms_norm", TORCH_BOX(&dlops::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&dlops::rms_norm_backward));
 }

@@ -7,6 +7,9 @@
 #define DLOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 
+// An array in the block's shared memory: DLOPS_SHARED(float, sums, [8][32]) declares float sums[8][32].
+#define DLOPS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+
 // The block's dynamic shared memory as an array of type, 16-byte aligned.
 #define DLOPS_DYNAMIC_SHARED(type, name)                   \
   extern __shared__ __align__(16) unsigned char name##_[]; \

@@ -58,7 +58,7 @@ __device__ __forceinline__ Pack<T, N> normalised(const Pack<T, N>& x, float rstd
 
 template <class T, int kVec, int kItems>
 __global__ void __launch_bounds__(1024) forward_kernel(RmsNormForward p) {
-  __shared__ float scratch[kMaxWarps];
+  DLOPS_SHARED(float, scratch, [kMaxWarps]);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool exists = row < p.rows;  // a row past the end still takes part in the block's sums
   const int64_t n = exists ? p.width : 0;
@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_gradient(const Pack<T, N>& dy, const Pack<
 
 template <class T, int kVec, int kItems>
 __global__ void __launch_bounds__(512) backward_kernel(RmsNormBackward p) {
-  __shared__ float scratch[kMaxWarps];
+  DLOPS_SHARED(float, scratch, [kMaxWarps]);
   DLOPS_DYNAMIC_SHARED(float, block_sum);  // (D) where a block holds several rows
   constexpr int kKept = kItems ? kItems : 1;
   const T* weight = static_cast<const T*>(p.weight);
@@ -218,7 +218,7 @@ constexpr int kSumColumns = 32, kSumRows = 8;
 template <class T>
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     column_sum_kernel(const float* partial, int64_t rows, int64_t width, T* out) {
-  __shared__ float sums[kSumRows][kSumColumns];
+  DLOPS_SHARED(float, sums, [kSumRows][kSumColumns]);
   const int64_t column = int64_t(blockIdx.x) * kSumColumns + threadIdx.x;
   float sum = 0;
   if (column < width)
