@@ -6,7 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) setup.py
-CLANG_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+CLANG_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
 PYTEST := -m pytest tests
 PIP := -m pip --disable-pip-version-check
 # What pyproject.toml's [build-system] would fetch for an isolated build.

@@ -1,7 +1,8 @@
 """Fixtures only. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from dlops import backend
 from dlops.testing import DTYPES, Ratio, numerics_page
+from dlops.testing.guard import guard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -26,6 +29,14 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def guarded() -> Iterator[None]:
+    """Every access of every interpreted Triton kernel is checked, in every test."""
+    interpreted = backend.missing("triton") is None and backend.triton_interpreted()
+    with guard() if interpreted else nullcontext():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

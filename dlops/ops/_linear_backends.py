@@ -59,8 +59,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if ONEDNN_WINS and x.dtype == torch.float32 and x.shape[-1] <= _LONGEST_ONEDNN and x.numel() and weight.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """The bias as oneDNN takes it: it reads one with a stride as if it had none."""
+    return None if bias is None else bias.contiguous()
 
 
 def _cpu_linear_act(
@@ -196,7 +201,7 @@ def _vendor_gated_linear(
         gate, up = _onednn(x, weight_gate, bias_gate, "none", []), _onednn(x, weight_up, bias_up, "none", [])
         return activate(gate, activation, params) * up, gate, up
     act = _onednn(x, weight_gate, bias_gate, activation, params)
-    y = torch.ops.mkldnn._linear_pointwise.binary(x, act, weight_up, bias_up, "mul")
+    y = torch.ops.mkldnn._linear_pointwise.binary(x, act, weight_up, _dense(bias_up), "mul")
     return y, x.new_empty(0), x.new_empty(0)
 
 
@@ -234,7 +239,7 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float]) -> Tensor:
     attr, scalars, algorithm = _ONEDNN[activation]
     scalars = params if scalars is None else scalars
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, scalars, algorithm).contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), attr, scalars, algorithm).contiguous()
 
 
 def _refuses_onednn(x: Tensor, weight: Tensor, activation: str) -> str | None:

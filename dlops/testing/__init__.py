@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dlops import backend
 from dlops._op import Op
+from dlops.testing.guard import UNWRITTEN, poison
 
 # max|y - y64| <= RATIO (max|yd - y64| + eps(dtype) max|y64|), and the same for the root mean square: y a backend's
 # result, yd the definition's in the same dtype, y64 the definition's in float64.
@@ -104,6 +105,7 @@ def error_ratio(y: Tensor, yd: Tensor, y64: Tensor) -> tuple[float, float]:
     assert not y[y64.isinf()].isfinite().any(), "finite where the float64 result is infinite"
     counted = yd.isfinite() & (y64.abs() <= info.max) & (y.isfinite() | (y64.abs() < info.max * (1 - 16 * info.eps)))
     y, yd, y64 = y[counted].double(), yd[counted].double(), y64[counted].double()
+    assert not (bad := y.isnan().sum()), f"{bad} of {y.numel()} elements are NaN, the definition's are not"
     if y64.numel() == 0:
         return 0.0, 0.0
     return _over(y, yd, y64, torch.amax, info.eps), _over(y, yd, y64, _root_mean_square, info.eps)
@@ -137,7 +139,7 @@ def ratios(op: Op, draws: Sequence[Sequence[Any]], name: str) -> list[Ratio]:
 
 
 def _values(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    with backend.use_backend(name), torch.no_grad():
+    with backend.use_backend(name), torch.no_grad(), poison():
         ours = as_tuple(op(*args))
     theirs, exact = as_tuple(op.definition(*args)), as_tuple(op.definition(*_double(args)))
     for what, y, yd, y64 in zip(op.returns, ours, theirs, exact, strict=True):
@@ -147,6 +149,9 @@ def _values(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Tenso
         )
         if _floating(y):
             yield what, y, yd, y64
+        else:
+            left = ((y == UNWRITTEN) & (yd != UNWRITTEN)).sum()
+            assert not left, f"{op.name} on {name}: {left} of {y.numel()} elements of {what} were not written"
 
 
 def _gradients(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
@@ -157,7 +162,7 @@ def _gradients(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Te
         else torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
         for i, o in enumerate(as_tuple(op.definition(*args)))
     ]
-    with backend.use_backend(name):
+    with backend.use_backend(name), poison():
         ours = gradients(op, args, dys)
     with backend.use_backend("torch"):  # the definition of the backward
         theirs = gradients(op, args, dys)
@@ -271,6 +276,20 @@ def check_layouts(op: Op, args: Sequence[Any], name: str) -> None:
     for changed in layouts(args):
         if runs(op, name, changed):
             check_ratios(op, [changed], name)
+
+
+def distant(a: Tensor) -> Tensor:
+    """``a`` with its outermost elements so far apart that the last is more than 2^31 elements from the first. Only the
+    pages that hold its values are ever committed."""
+    stride = 2**31 // (a.shape[0] - 1) // 8 * 8 + 8  # rows stay on 16-byte boundaries
+    return torch.empty_strided(a.shape, (stride, *a[0].contiguous().stride()), dtype=a.dtype, device=a.device).copy_(a)
+
+
+def check_distant(op: Op, args: Sequence[Any], name: str) -> None:
+    """The contract's error ratio holds where offsets do not fit 32 bits, in one argument after the other."""
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and a.dim() and a.shape[0] > 1:
+            check_ratios(op, [[*args[:i], distant(a), *args[i + 1 :]]], name)
 
 
 def check_untouched(op: Op, args: Sequence[Any], name: str) -> None:
