@@ -1,8 +1,10 @@
-"""Builds dlops._C (CPU kernels, always) and dlops._cuda (CUDA kernels, where they can be built) with ninja.
+"""Builds dlops._C (CPU kernels, always), dlops._cuda (CUDA kernels, where they can be built) and, in place or in an
+editable install, dlops._simt (CUDA kernels on the host, for tests) with ninja.
 
 Environment: CXX chooses the C++ compiler, MAX_JOBS the number of parallel jobs (default: one per CPU).
 DLOPS_BUILD_CUDA=0 skips dlops._cuda and 1 makes it an error if it cannot be built; CUDA_HOME chooses the toolkit,
-TORCH_CUDA_ARCH_LIST the architectures. Rebuilds compile only what changed, headers included.
+TORCH_CUDA_ARCH_LIST the architectures. DLOPS_BUILD_SIMT=0 or 1 skips or builds dlops._simt wherever that is.
+Rebuilds compile only what changed, headers included.
 """
 
 import importlib.util
@@ -30,6 +32,8 @@ TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:
 CXX_FLAGS = shlex.split(
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall"
 )
+# Run on this machine alone; fused multiply-add as on the device, frames and lines for the reports and the debugger.
+SIMT_FLAGS = shlex.split("-O2 -g -march=native -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DDLOPS_SIMT")
 NVCC_FLAGS = shlex.split("-O3 -std=c++20 --threads=0 -Xcompiler=-fPIC,-fvisibility=hidden")
 PATH_FLAGS = [f"-I{CSRC}", f"-ffile-prefix-map={ROOT}=."]  # no path of the build machine in the binary
 ISA_FLAGS = {
@@ -217,7 +221,8 @@ class BuildExt(build_ext):
         start = perf_counter()
         base = Path(self.get_finalized_command("build").build_base).resolve()
         ninja = Ninja(base / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-        absent = {"dlops._C": self.plan_host(ninja), "dlops._cuda": self.plan_cuda(ninja)}
+        plans = {"dlops._C": self.plan_host, "dlops._cuda": self.plan_cuda, "dlops._simt": self.plan_simt}
+        absent = {name: plan(ninja) for name, plan in plans.items()}
         built = [extension for extension in self.extensions if absent[extension.name] is None]
         if built:
             ninja.run()
@@ -246,7 +251,7 @@ class BuildExt(build_ext):
         torch = Torch()
         base = [*compiler, *CXX_FLAGS, *PATH_FLAGS]
         flags = " ".join([*CXX_FLAGS, TORCH_TARGET])
-        bind = [source for source in _sources("bind/*.cpp") if not source.name.startswith("cuda_")]
+        bind = [source for source in _sources("bind/*.cpp") if not source.name.startswith(("cuda_", "simt_"))]
         objects = ninja.compile("host_bind", [*base, *torch.compile, f'-DDLOPS_FLAGS="{flags}"'], bind)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for isa in ISA_FLAGS if x86 else ("generic",):
@@ -258,9 +263,7 @@ class BuildExt(build_ext):
 
     def plan_cuda(self, ninja: Ninja) -> str | None:
         """Adds dlops._cuda to the build; returns why it is not built, or None."""
-        forced = os.environ.get("DLOPS_BUILD_CUDA", "")
-        if forced not in ("", "0", "1"):
-            raise stop(f"DLOPS_BUILD_CUDA: got {forced!r}, accepted are 0 and 1")
+        forced = _switch("DLOPS_BUILD_CUDA")
         if forced == "0":
             return "DLOPS_BUILD_CUDA=0"
         try:
@@ -282,14 +285,46 @@ class BuildExt(build_ext):
         nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *ccbin, f"-I{CSRC}", *gencode(archs)]
         objects = ninja.compile("cuda_nvcc", nvcc, _sources("cuda/*.cu"))
         command = [*compiler, *CXX_FLAGS, *PATH_FLAGS, *torch.compile, *toolkit.compile]
+        defines = [f'-DDLOPS_CUDA_ARCHS="{";".join(archs)}"', f'-DDLOPS_CUDA_VERSION="{toolkit.version}"']
         bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "check"))]
-        objects += ninja.compile("cuda_bind", [*command, f'-DDLOPS_CUDA_ARCHS="{";".join(archs)}"'], bind)
+        objects += ninja.compile("cuda_bind", [*command, *defines], bind)
         target = ninja.folder / Path(self.get_ext_filename("dlops._cuda")).name
         ninja.link("cuda_link", [*compiler, "-shared"], objects, [*torch.link, *toolkit.link], target)
         return None
 
+    def plan_simt(self, ninja: Ninja) -> str | None:
+        """Adds dlops._simt to the build; returns why it is not built, or None."""
+        forced = _switch("DLOPS_BUILD_SIMT")
+        if forced == "0" or (not forced and not self.inplace):
+            return "for tests, and not asked for"
+        try:
+            compiler, torch = find_cxx(), Torch()
+            if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
+                raise Missing(f"an x86-64 or ARM64 CPU, not {platform.machine()}")
+        except Missing as missing:
+            if forced:
+                raise stop(f"DLOPS_BUILD_SIMT=1, but building dlops._simt needs {missing}") from None
+            say(f"not building dlops._simt: it needs {missing}")
+            return str(missing)
+        base = [*compiler, *SIMT_FLAGS, *PATH_FLAGS]
+        objects = ninja.compile("simt_runtime", base, _sources("simt/*.cpp"))
+        objects += ninja.compile("simt_kernels", [*base, "-Wno-unknown-pragmas", "-xc++"], _sources("cuda/*.cu"))
+        bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "simt_", "check"))]
+        bind = [source for source in bind if source.name != "cuda_module.cpp"]
+        objects += ninja.compile("simt_bind", [*base, *torch.compile, '-DDLOPS_SIMT_CHECKS="none"'], bind)
+        target = ninja.folder / Path(self.get_ext_filename("dlops._simt")).name
+        ninja.link("simt_link", [*compiler, "-shared", "-pthread"], objects, [*torch.link, "-ldl"], target)
+        return None
+
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib, self.get_ext_filename(extension.name))) for extension in self.extensions]
+
+
+def _switch(name: str) -> str:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise stop(f"{name}: got {value!r}, accepted are 0 and 1")
+    return value
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -298,7 +333,7 @@ def _sources(pattern: str) -> list[Path]:
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("dlops._C", []), Extension("dlops._cuda", [])],
+        ext_modules=[Extension(f"dlops.{name}", []) for name in ("_C", "_cuda", "_simt")],
         cmdclass={"build_ext": BuildExt},
         # The folder kernels/ is installed inside dlops: another package on PyPI has its name.
         packages=[*find_packages(include=["dlops", "dlops.*"]), "dlops.kernels"],

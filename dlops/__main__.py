@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 import dlops
+from dlops import backend
 
 HERE = Path(dlops.__file__).resolve().parent
 
@@ -41,7 +42,7 @@ def describe(module: ModuleType | ImportError) -> str:
     if isinstance(module, ImportError):
         return f"not built, or not loadable ({module})"
     info = module.build_info()
-    kinds = info.get("isas") or info["architectures"].split(";")
+    kinds = info.get("isas") or info.get("architectures", "tests on the host").split(";")
     return f"built with {info['compiler']} against torch {info['torch']}, for {', '.join(kinds)}"
 
 
@@ -76,16 +77,17 @@ def main() -> int:
     print("\ndevices")
     devices()
     print("\nextensions")
-    modules = {name: load(name) for name in ("_C", "_cuda")}
+    modules = {name: load(name) for name in ("_C", "_cuda", "_simt")}
     for name, module in modules.items():
         line(f"dlops.{name}", describe(module))
     print("\nbackends")
     for name, reason in dlops.backends().items():
-        line(name, "available" if reason is None else f"not available: {reason}")
+        available = "emulated on the host, for tests" if name == "cuda" and backend.cuda_emulated() else "available"
+        line(name, available if reason is None else f"not available: {reason}")
 
     cxx = any(map(shutil.which, ("c++", "g++", "clang++")))
     compiler = {"_C": cxx, "_cuda": cxx and shutil.which("nvcc") and torch.version.cuda}
-    missing = [f"dlops.{name}" for name in modules if compiler[name] and isinstance(modules[name], ImportError)]
+    missing = [f"dlops.{name}" for name in compiler if compiler[name] and isinstance(modules[name], ImportError)]
     if missing and (hidden := shadowing()):
         print(f"\nThe folder {HERE} hides the dlops installed in {hidden}: run Python from another folder.")
     elif missing:

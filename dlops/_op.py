@@ -107,7 +107,8 @@ class Op:
         refuses: Callable[..., str | None] | None = None,
     ) -> None:
         """Add the implementation ``name``. Without ``load`` it is found by the op's name: ``dlops_cpu::<op>``,
-        ``dlops_cuda::<op>``, or ``dlops.kernels.<family>.<op>`` with the ``unsupported`` beside it.
+        ``dlops_cuda::<op>`` (``dlops_simt::<op>`` where CUDA is emulated), or ``dlops.kernels.<family>.<op>`` with the
+        ``unsupported`` beside it.
 
         Args:
             name: a backend.
@@ -208,7 +209,8 @@ class Op:
         return getattr(torch.ops.dlops_cpu, self.name).default._op
 
     def _load_cuda(self) -> Callable[..., Any]:
-        return getattr(torch.ops.dlops_cuda, self.name).default._op
+        library = torch.ops.dlops_simt if backend.cuda_emulated() else torch.ops.dlops_cuda
+        return getattr(library, self.name).default._op
 
     def _load_triton(self) -> Callable[..., Any]:
         return getattr(self._kernels(), self.name)
@@ -318,4 +320,4 @@ def _refuses_cpu(*args: Any) -> str | None:
 
 
 def _refuses_cuda(*args: Any) -> str | None:
-    return _refuses(args, "cuda")
+    return _refuses(args, "cpu" if backend.cuda_emulated() else "cuda")

@@ -80,12 +80,62 @@ def _missing_triton() -> str | None:
     return None
 
 
-def _missing_cuda() -> str | None:
+@functools.cache
+def cuda_emulated() -> bool:
+    """Whether CUDA kernels run on the host, on CPU tensors: where ``dlops._simt`` is built and there is no GPU, or it is
+    forced (``DLOPS_SIMT=1``)."""
+    if os.environ.get("DLOPS_SIMT") != "1" and torch.cuda.is_available():
+        return False
     try:
-        importlib.import_module("dlops._cuda")
+        simt = importlib.import_module("dlops._simt")
+    except ImportError:
+        return False
+    simt.configure(threads=torch.get_num_threads())
+    return True
+
+
+def _missing_cuda() -> str | None:
+    if cuda_emulated():
+        return None
+    if os.environ.get("DLOPS_SIMT") == "1":
+        return "DLOPS_SIMT=1, but the extension dlops._simt is not built; pip install -e . builds it"
+    try:
+        info = importlib.import_module("dlops._cuda").build_info()
+    except ModuleNotFoundError:
+        return "the extension dlops._cuda is not built; install dlops with nvcc and a CUDA build of torch"
     except ImportError as error:
-        return f"the extension dlops._cuda is not built ({error}); install dlops with nvcc and a CUDA build of torch"
-    return None if torch.cuda.is_available() else "no CUDA GPU is available to torch"
+        return f"the extension dlops._cuda is built but cannot be loaded ({error}); install dlops again with this torch"
+    if not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:  # a driver that is too old is told from no driver
+            return f"torch has no GPU to use: {str(error).partition('. ')[0]}"
+        return "torch has no GPU to use: none is visible; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    driver = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+    if driver // 1000 < int(info["cuda"].partition(".")[0]):
+        return (
+            f"dlops._cuda was built with CUDA {info['cuda']} and the driver knows CUDA {driver // 1000}."
+            f"{driver % 1000 // 10}; update the driver, or install dlops with an older CUDA toolkit"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    architectures = info["architectures"].split(";")
+    if not any(_runs_on(architecture, major, minor) for architecture in architectures):
+        return (
+            f"the GPU has compute capability {major}.{minor} and dlops._cuda is built for {', '.join(architectures)}; "
+            f'install dlops with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+        )
+    return None
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for ``architecture`` ("8.0", "9.0a", "12.0+PTX") runs on a GPU of capability ``major.minor``."""
+    number = architecture.removesuffix("+PTX")
+    built = tuple(int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return built == (major, minor)
+    if architecture.endswith("+PTX") and not number.endswith("f"):
+        return built <= (major, minor)
+    return built[0] == major and built[1] <= minor
 
 
 _MISSING: dict[str, Callable[[], str | None]] = {"cpu": _missing_cpu, "triton": _missing_triton, "cuda": _missing_cuda}

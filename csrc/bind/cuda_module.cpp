@@ -11,8 +11,9 @@ PYBIND11_MODULE(_cuda, m) {
         py::dict info;
         info["compiler"] = __VERSION__;
         info["torch"] = DLOPS_TORCH_VERSION;
+        info["cuda"] = DLOPS_CUDA_VERSION;
         info["architectures"] = DLOPS_CUDA_ARCHS;
         return info;
       },
-      "The compiler, the torch whose headers were used, and the GPU architectures that kernels were compiled for.");
+      "The compiler, the torch whose headers were used, the CUDA toolkit, and the GPU architectures compiled for.");
 }

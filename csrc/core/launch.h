@@ -1,4 +1,4 @@
-// What device code needs from its runtime. A host runtime for CUDA sources replaces this header's macros alone.
+// What device code needs from its runtime: CUDA's, or on a CPU csrc/simt.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -14,4 +14,6 @@
 #define DLOPS_DYNAMIC_SHARED(type, name)                   \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   type* name = reinterpret_cast<type*>(name##_)
+#else
+#include "simt/cuda.h"
 #endif

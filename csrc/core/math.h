@@ -3,7 +3,7 @@
 // units of the last place: exp and expm1_negative 1.0, sigmoid 2.4, softplus 2.6, tanh 2.2.
 #pragma once
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(DLOPS_SIMT)
 #include "core/dtype.h"
 #else
 #include "core/simd.h"

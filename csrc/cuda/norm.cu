@@ -114,8 +114,8 @@ __device__ __forceinline__ void store_gradient(const Pack<T, N>& dy, const Pack<
   if (dsum) s = load_pack<N>(dsum + j);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float g = weight ? to_float(dy.value[i]) * to_float(w.value[i]) : to_float(dy.value[i]);
-    // Unfused: the two cancel when they are equal, as they nearly are in very short rows.
+    // Both products are rounded: the two cancel when they are equal, as they nearly are in very short rows.
+    const float g = weight ? __fmul_rn(to_float(dy.value[i]), to_float(w.value[i])) : to_float(dy.value[i]);
     const float v = (g - __fmul_rn(to_float(x.value[i]) * rstd, slope)) * rstd;
     out.value[i] = from_float<T>(dsum ? v + to_float(s.value[i]) : v);
   }

@@ -1,0 +1,87 @@
+#include "simt/launch.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <exception>
+#include <numeric>
+#include <stdexcept>
+#include <thread>
+
+#include "simt/device.h"
+#include "simt/worker.h"
+
+namespace dlops::simt {
+namespace {
+
+std::mutex config_mutex;
+Config the_config;
+
+constexpr size_t kEnough = 16;  // findings
+
+void work(Grid& grid) try {
+  Worker worker(grid);
+  for (uint64_t block; grid.next(block);) worker.run_block(block);
+} catch (const std::exception& error) {
+  grid.found(error.what(), true);
+}
+
+}  // namespace
+
+Config config() {
+  const std::lock_guard lock(config_mutex);
+  return the_config;
+}
+
+void configure(const Config& config) {
+  const std::lock_guard lock(config_mutex);
+  the_config = config;
+}
+
+Grid::Grid(const Launch& launch, const Config& config)
+    : launch(launch), config(config), blocks(uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z) {
+  start_ = (config.seed * 0x9e3779b97f4a7c15 >> 32) % blocks;
+  step_ = blocks * 5 / 8 + 1;
+  while (std::gcd(step_, blocks) != 1) ++step_;
+}
+
+bool Grid::next(uint64_t& block) {
+  const uint64_t i = next_++;
+  if (i >= blocks || stop_) return false;
+  block = (start_ + i * step_) % blocks;
+  return true;
+}
+
+uint3 Grid::index(uint64_t block) const {
+  const dim3 grid = launch.grid;
+  return {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
+}
+
+void Grid::found(std::string finding, bool fatal) {
+  const std::lock_guard lock(mutex_);
+  findings_.push_back(std::move(finding));
+  if (fatal || findings_.size() == kEnough) stop_ = true;
+}
+
+std::string Grid::findings() const {
+  std::string all;
+  for (const std::string& finding : findings_) all += (all.empty() ? "" : "\n") + finding;
+  return all;
+}
+
+void run(const Launch& launch) {
+  if (!device_accepts(launch)) return;
+  Grid grid(launch, config());
+  int threads = grid.config.threads;
+  if (threads == 0) {
+    cpu_set_t cpus;
+    threads = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : CPU_COUNT(&cpus);
+  }
+  std::vector<std::thread> helpers;
+  for (uint64_t i = 1; i < std::min<uint64_t>(threads, grid.blocks); ++i) helpers.emplace_back(work, std::ref(grid));
+  work(grid);
+  for (std::thread& helper : helpers) helper.join();
+  if (const std::string findings = grid.findings(); !findings.empty()) throw std::runtime_error(findings);
+}
+
+}  // namespace dlops::simt

@@ -1,0 +1,62 @@
+#include "simt/shared.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+
+#include "simt/report.h"
+#include "simt/worker.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
+namespace dlops::simt {
+
+SharedMemory::SharedMemory() {
+  void* p = mmap(nullptr, 3 * kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  base_ = static_cast<char*>(p);
+  if (mprotect(base_ + kArena, kArena, PROT_READ | PROT_WRITE)) throw std::bad_alloc();
+}
+
+SharedMemory::~SharedMemory() {
+  ASAN_UNPOISON_MEMORY_REGION(base_ + kArena, kArena);
+  munmap(base_, 3 * kArena);
+}
+
+void SharedMemory::begin(size_t dynamic_bytes, int poison) {
+  poison_ = poison;
+  arrays_.clear();
+  ASAN_POISON_MEMORY_REGION(base_ + kArena, kArena);
+  end_ = base_ + kArena + kRedZone;
+  place(nullptr, dynamic_bytes);
+}
+
+void* SharedMemory::array(const SharedArray& array) {
+  for (const Placed& placed : arrays_)
+    if (placed.array == &array) return placed.begin;
+  size_t total = array.size;
+  for (const Placed& placed : arrays_) total += placed.size;
+  if (total > kMaxShared)
+    fault(text("shared array ", array.name, ": the block's shared memory grows to ", total, " bytes, and a block has ",
+               kMaxShared));
+  return place(&array, array.size);
+}
+
+// Multiples of 128 bytes apart, as every array type's alignment divides.
+char* SharedMemory::place(const SharedArray* array, size_t size) {
+  char* begin = end_;
+  end_ += (size + kRedZone + 127) / 128 * 128;
+  if (end_ > base_ + 2 * kArena) fault("more shared arrays than the runtime's arena holds");
+  ASAN_UNPOISON_MEMORY_REGION(begin, size);
+  std::memset(begin, poison_, size);
+  arrays_.push_back({array, begin, size});
+  return begin;
+}
+
+}  // namespace dlops::simt

@@ -1,0 +1,46 @@
+// The shared memory of the block that a worker runs: arrays in an arena, with red zones around each of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "simt/runtime.h"
+
+namespace dlops::simt {
+
+constexpr size_t kMaxShared = 99 << 10;   // of a block: what the smallest of the supported chips has
+constexpr size_t kMaxUnasked = 48 << 10;  // without cudaFuncSetAttribute, and of static arrays
+
+class SharedMemory {
+ public:
+  SharedMemory();
+  ~SharedMemory();
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void begin(size_t dynamic_bytes, int poison);  // a new block
+  void* array(const SharedArray& array);
+  void* dynamic() const { return arrays_[0].begin; }
+
+  // The arena, and as much again on either side of it that nothing may touch.
+  bool contains(const void* p) const { return size_t(static_cast<const char*>(p) - base_) < 3 * kArena; }
+
+ private:
+  static constexpr size_t kArena = 256 << 10;
+  static constexpr size_t kRedZone = 1 << 10;
+
+  struct Placed {
+    const SharedArray* array;
+    char* begin;
+    size_t size;
+  };
+  char* place(const SharedArray* array, size_t size);
+
+  char* base_;
+  char* end_;  // of what is placed, its red zone included
+  int poison_ = 0;
+  std::vector<Placed> arrays_;  // the dynamic one first
+};
+
+}  // namespace dlops::simt
