@@ -285,9 +285,8 @@ class BuildExt(build_ext):
         nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *ccbin, f"-I{CSRC}", *gencode(archs)]
         objects = ninja.compile("cuda_nvcc", nvcc, _sources("cuda/*.cu"))
         command = [*compiler, *CXX_FLAGS, *PATH_FLAGS, *torch.compile, *toolkit.compile]
-        defines = [f'-DDLOPS_CUDA_ARCHS="{";".join(archs)}"', f'-DDLOPS_CUDA_VERSION="{toolkit.version}"']
         bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "check"))]
-        objects += ninja.compile("cuda_bind", [*command, *defines], bind)
+        objects += ninja.compile("cuda_bind", [*command, f'-DDLOPS_CUDA_ARCHS="{";".join(archs)}"'], bind)
         target = ninja.folder / Path(self.get_ext_filename("dlops._cuda")).name
         ninja.link("cuda_link", [*compiler, "-shared"], objects, [*torch.link, *toolkit.link], target)
         return None

@@ -82,8 +82,8 @@ def _missing_triton() -> str | None:
 
 @functools.cache
 def cuda_emulated() -> bool:
-    """Whether CUDA kernels run on the host, on CPU tensors: where ``dlops._simt`` is built and there is no GPU, or it is
-    forced (``DLOPS_SIMT=1``)."""
+    """Whether CUDA kernels run on the host, on CPU tensors: where ``dlops._simt`` is built and there is no GPU, or by
+    force (``DLOPS_SIMT=1``)."""
     if os.environ.get("DLOPS_SIMT") != "1" and torch.cuda.is_available():
         return False
     try:
@@ -100,7 +100,7 @@ def _missing_cuda() -> str | None:
     if os.environ.get("DLOPS_SIMT") == "1":
         return "DLOPS_SIMT=1, but the extension dlops._simt is not built; pip install -e . builds it"
     try:
-        info = importlib.import_module("dlops._cuda").build_info()
+        cuda = importlib.import_module("dlops._cuda")
     except ModuleNotFoundError:
         return "the extension dlops._cuda is not built; install dlops with nvcc and a CUDA build of torch"
     except ImportError as error:
@@ -111,11 +111,12 @@ def _missing_cuda() -> str | None:
         except (AssertionError, RuntimeError) as error:  # a driver that is too old is told from no driver
             return f"torch has no GPU to use: {str(error).partition('. ')[0]}"
         return "torch has no GPU to use: none is visible; see nvidia-smi and CUDA_VISIBLE_DEVICES"
-    driver = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
-    if driver // 1000 < int(info["cuda"].partition(".")[0]):
+    info = cuda.build_info()
+    built, driver = info["cuda"], cuda.driver_version()
+    if driver // 1000 < built // 1000:  # minor versions are compatible
         return (
-            f"dlops._cuda was built with CUDA {info['cuda']} and the driver knows CUDA {driver // 1000}."
-            f"{driver % 1000 // 10}; update the driver, or install dlops with an older CUDA toolkit"
+            f"dlops._cuda was built with CUDA {_version(built)} and the driver knows CUDA {_version(driver)}; "
+            "update the driver, or install dlops with an older CUDA toolkit"
         )
     major, minor = torch.cuda.get_device_capability()
     architectures = info["architectures"].split(";")
@@ -125,6 +126,10 @@ def _missing_cuda() -> str | None:
             f'install dlops with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
         )
     return None
+
+
+def _version(cuda: int) -> str:
+    return f"{cuda // 1000}.{cuda % 1000 // 10}"
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:

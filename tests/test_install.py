@@ -86,6 +86,62 @@ def test_works_without(absent: str) -> None:
     assert name is None or re.search(rf"'{name}': ['\"].*install", reasons), "the reason says how to get it"
 
 
+class FakeCuda(ModuleType):
+    """dlops._cuda, as far as it tells what it needs."""
+
+    def build_info(self) -> dict[str, object]:
+        return {"cuda": 13000, "architectures": "8.0;9.0a;10.0f;12.0+PTX"}
+
+    def driver_version(self) -> int:
+        return 13010
+
+
+def missing_cuda(monkeypatch: pytest.MonkeyPatch, gpu: bool = True, capability: tuple[int, int] = (8, 0)) -> str | None:
+    monkeypatch.setattr(backend, "cuda_emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    return backend._missing_cuda()
+
+
+def test_why_cuda_is_missing_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dlops._cuda", None)  # pyright: ignore[reportArgumentType]
+    assert "is not built; install dlops with nvcc" in str(missing_cuda(monkeypatch))
+    monkeypatch.setitem(sys.modules, "dlops._cuda", FakeCuda("dlops._cuda"))
+    assert missing_cuda(monkeypatch) is None
+
+    def no_driver() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    assert str(missing_cuda(monkeypatch, gpu=False)).endswith("driver on your system is too old (found version 11040)")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert "CUDA_VISIBLE_DEVICES" in str(missing_cuda(monkeypatch, gpu=False))
+    monkeypatch.setattr(FakeCuda, "driver_version", lambda self: 12080)
+    assert "with CUDA 13.0 and the driver knows CUDA 12.8; update the driver" in str(missing_cuda(monkeypatch))
+
+    def broken(name: str) -> ModuleType:
+        raise ImportError("undefined symbol: x")
+
+    monkeypatch.setattr(backend.importlib, "import_module", broken)
+    assert "is built but cannot be loaded (undefined symbol: x)" in str(missing_cuda(monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((12, 1), True), ((13, 0), True)]
+    + [((7, 5), False), ((9, 1), False), ((11, 0), False)],
+)
+def test_architectures_that_are_compiled_for(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dlops._cuda", FakeCuda("dlops._cuda"))
+    reason = missing_cuda(monkeypatch, capability=capability)
+    wanted = (
+        f"compute capability {capability[0]}.{capability[1]} and dlops._cuda is built for 8.0, 9.0a, 10.0f, 12.0+PTX"
+    )
+    assert reason is None if runs else wanted in str(reason)
+
+
 def test_command_lists_everything(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "dlops", cwd=tmp_path)
     for word in (dlops.__version__, torch.__version__, "triton", "numpy", "dlops._C", "dlops._cuda", *backend.BACKENDS):
