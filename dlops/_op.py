@@ -1,5 +1,6 @@
 """@op: one definition in plain PyTorch becomes a registered, differentiable, dispatched operator."""
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -8,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn import Parameter
 
 from dlops import backend
 
 Outputs = tuple[Any, ...]
+Autocast = torch.dtype | Callable[[str, Sequence[Any]], torch.dtype]
 Formula = Callable[[Outputs, Sequence[Any], Sequence[Tensor], list[bool]], Sequence[Tensor | None]]
 
 library = torch.library.Library("dlops", "DEF")
@@ -23,12 +26,7 @@ def _keys(name: str) -> torch._C.DispatchKeySet:
 
 
 _AUTOCAST_KEYS = _keys("AutocastCPU") | _keys("AutocastCUDA")
-_PLAIN_KEYS = frozenset(
-    (_keys(device) | _keys("ADInplaceOrView") | _keys(f"Autograd{device}") | _keys(f"Autocast{device}")).raw_repr()
-    for device in ("CPU", "CUDA")
-)
-
-ZERO = object()  # stands for a saved argument that is zero, shaped like the first: see Op.register_autograd
+_REMEMBERED = 1024  # signatures per op
 
 
 def acc(x: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class Op:
         *,
         check: Callable[..., None] | None,
         fake: Callable[..., Any] | None,
-        autocast: Mapping[str, torch.dtype | None] | None,
+        autocast: Mapping[str, Autocast] | None,
         returns: Sequence[str],
     ) -> None:
         self.name: str = definition.__name__
@@ -67,7 +65,8 @@ class Op:
         self.definition = definition
         self.returns = tuple(returns)
         self.non_differentiable: frozenset[int] = frozenset()
-        self._function: Any = None
+        self._apply: Callable[..., Any] | None = None
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.implementations: dict[str, backend.Implementation] = {}
         self.rule: Callable[..., Sequence[str]] = default_rule
         self.check = check or _accepts_anything
@@ -77,7 +76,9 @@ class Op:
             self.name + torch.library.infer_schema(definition, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
         )
         self._overload = getattr(torch.ops.dlops, self.name).default
-        self.argument_names = [argument.name for argument in self._overload._schema.arguments]
+        arguments = self._overload._schema.arguments
+        self.argument_names = [argument.name for argument in arguments]
+        self._required = [str(argument.type) == "Tensor" for argument in arguments]
         library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dlops::{self.name}", self._fake(fake or definition), lib=library)
         for device in ("CPU", "CUDA"):
@@ -91,11 +92,13 @@ class Op:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             self.check(*args)
             return self.definition(*args)
-        if not _ordinary(args):
+        signature = _signature(args)
+        if signature is None:
             return self._overload(*args)
+        run = self._chosen.get(signature) or self._choose(args, signature)
         if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._function.apply(*args) if self._function else self._overload(*args)
-        return self._run(*args)
+            return self._apply(run, *args) if self._apply else self._overload(*args)
+        return run(*args)
 
     def __repr__(self) -> str:
         return f"dlops op {self._overload._schema}"
@@ -113,7 +116,8 @@ class Op:
         Args:
             name: a backend.
             load: returns the callable; called once, when the backend is first used.
-            refuses: called with the op's arguments, returns why they cannot be served, or ``None``.
+            refuses: called with the op's arguments, returns why they cannot be served, or ``None``. It looks at
+                shapes, dtypes, devices and plain values only, as does the rule: the answer is remembered for them.
         """
         by_name = {"cpu": self._load_cpu, "cuda": self._load_cuda, "triton": self._load_triton}
         devices = {"cpu": _refuses_cpu, "cuda": _refuses_cuda, "triton": self._refuses_triton}
@@ -131,58 +135,101 @@ class Op:
         saves: Callable[[Sequence[Any], Outputs], tuple[Sequence[Any], Sequence[Tensor]]] | None = None,
         non_differentiable: Iterable[str] = (),
     ) -> None:
-        """Make the op differentiable.
+        """Make the op, whose tensors come before its other arguments, differentiable.
 
         Args:
             formula: ``formula(grads, args, extras, mask)`` returns one gradient (or ``None``) per argument.
                 ``grads`` holds one gradient per output, ``None`` where nothing flowed; ``mask[i]`` says whether the
                 gradient of argument ``i`` is asked for.
             saves: ``saves(args, outputs)`` returns the arguments and the extra tensors kept for the backward. The
-                arguments may be replaced by others that give the same outputs: for a sum, the sum and ``ZERO``.
+                arguments may be replaced by others that give the same outputs: for a sum, the sum and ``None``, which
+                stands for a zero where the op asks for a tensor.
             non_differentiable: outputs, by their name in ``returns``, that gradients do not flow through.
 
         Under ``create_graph`` the definition is differentiated instead, so gradients of any order are right.
         """
         fixed = self.non_differentiable = frozenset(self.returns.index(name) for name in non_differentiable)
+        kinds = ["Tensor" in str(argument.type) for argument in self._overload._schema.arguments]
+        tensors = sum(kinds)
+        assert all(kinds[:tensors]), f"{self!r}: tensors come first"
 
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             args, extras = saves(inputs, outputs) if saves else (inputs, ())
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            ctx.save_for_backward(*tensors, *extras)
-            ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
+            ctx.save_for_backward(*args[:tensors], *extras)
+            ctx.call = args[tensors:], backend.forced()
             ctx.mark_non_differentiable(*[outputs[i] for i in fixed])
             ctx.set_materialize_grads(False)
-            ctx.backend = backend.forced()
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            args = [next(saved) if other is None else other[0] for other in ctx.others]
-            mask = list(ctx.needs_input_grad)
+            saved = ctx.saved_tensors
+            values, name = ctx.call
+            args = (*saved[:tensors], *values)
+            mask = list(ctx.needs_input_grad[-len(args) :])
             if all(g is None for g in grads):
                 return (None,) * len(args)
             if torch.is_grad_enabled():
-                return _differentiate(self.definition, args, grads, mask)
-            with nullcontext() if ctx.backend is None else backend.use_backend(ctx.backend):
-                result = formula(grads, args, tuple(saved), mask)
-            return tuple(g if needed else None for g, needed in zip(result, mask, strict=True))
-
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = self._run(*args)
-            setup_context(ctx, args, output)
-            return output
+                return self._differentiate(args, grads, mask)
+            with nullcontext() if name is None else backend.use_backend(name):
+                result = formula(grads, args, saved[tensors:], mask)
+            return tuple([g if needed else None for g, needed in zip(result, mask, strict=True)])
 
         torch.library.register_autograd(f"dlops::{self.name}", backward, setup_context=setup_context, lib=library)
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self.name, (torch.autograd.Function,), methods)
+
+        # The same for calls that skip the dispatcher: the implementation that was chosen comes first.
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Any:
+                output = run(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+                return (None, *backward(ctx, *grads))
+
+        Function.__name__ = self.name
+        base: Any = super(torch.autograd.Function, Function)  # up to torch 2.14 Function wraps its apply for torch.func
+        self._apply = base.apply
 
     @property
     def differentiable(self) -> bool:
-        return self._function is not None
+        return self._apply is not None
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
         return backend.select(self, args)(*args)
+
+    def _differentiate(
+        self, args: Sequence[Any], grads: Sequence[Tensor | None], mask: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        # A tensor that was saved as None is zero. An alias per argument: one passed twice gets two gradients, not their
+        # sum twice.
+        aliases: list[Any] = []
+        for a, required in zip(args, self._required, strict=True):
+            given = torch.zeros_like(args[0], requires_grad=True) if a is None and required else a
+            aliases.append(given.view_as(given) if isinstance(given, Tensor) else given)
+        outputs = self.definition(*aliases)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        flowing = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [a for a, needed in zip(aliases, mask, strict=True) if needed]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in flowing], wanted, [g for _, g in flowing], create_graph=True, allow_unused=True
+            )
+            if flowing
+            else [None] * len(wanted)
+        )
+        return tuple(next(found) if needed else None for needed in mask)
+
+    def _choose(self, args: Sequence[Any], signature: tuple[Any, ...]) -> Callable[..., Any]:
+        self.check(*args)
+        run = backend.select(self, args)
+        if not backend.recording():
+            if len(self._chosen) >= _REMEMBERED:
+                self._chosen.clear()
+            self._chosen[signature] = run
+        return run
 
     def _fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any) -> Any:
@@ -193,13 +240,12 @@ class Op:
 
     def _autocast_kernel(self, device: str) -> Callable[..., Any]:
         # torch.library.register_autocast knows one dtype; the context may ask for another, and a backward for none.
-        lower = self._autocast.get(device, torch.uint8) is None
-        fixed = self._autocast.get(device)
+        target = self._autocast.get(device)
 
         def kernel(*args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                if lower or fixed is not None:
-                    dtype = fixed or torch.get_autocast_dtype(device)
+                if target is not None:
+                    dtype = target(device, args) if callable(target) else target
                     args = tuple(_cast(a, device, dtype) for a in args)
                 return self._overload(*args)
 
@@ -213,7 +259,12 @@ class Op:
         return getattr(library, self.name).default._op
 
     def _load_triton(self) -> Callable[..., Any]:
-        return getattr(self._kernels(), self.name)
+        launch = getattr(self._kernels(), self.name)
+
+        def run(*args: Any) -> Any:  # the other backends' tensors meet torch's dispatcher, which resolves the sign
+            return launch(*[a.resolve_neg() if isinstance(a, Tensor) else a for a in args])
+
+        return run
 
     def _kernels(self) -> Any:
         return importlib.import_module(f"dlops.kernels.{self.family}")
@@ -228,7 +279,7 @@ def op(
     *,
     check: Callable[..., None] | None = None,
     fake: Callable[..., Any] | None = None,
-    autocast: Mapping[str, torch.dtype | None] | None = None,
+    autocast: Mapping[str, Autocast] | None = None,
     returns: Sequence[str] = ("out",),
 ) -> Any:
     """Register ``definition`` (annotated, positional, functional) as a dlops op.
@@ -236,8 +287,8 @@ def op(
     Args:
         check: called with the op's arguments first on every path; raises what torch raises for the same mistake.
         fake: shape function, where the definition cannot serve (it loops over a tensor size).
-        autocast: device type to the dtype floating-point arguments are cast to under autocast; ``None`` as the dtype
-            means the one the context asks for. A device that is absent casts nothing.
+        autocast: device type to the dtype that floating-point arguments are cast to under autocast, or to a function
+            that finds it: :func:`context_dtype`, :func:`widest_dtype`. A device that is absent casts nothing.
         returns: names of the outputs.
     """
 
@@ -255,40 +306,40 @@ def default_rule(*args: Any) -> Sequence[str]:
     return ("vendor", "cpu", "torch") if x.is_cpu else ("torch",)
 
 
-def _ordinary(args: Sequence[Any]) -> bool:
-    """Whether the dispatcher would only pass the call on to the op's kernel and its autograd formula: plain tensors, no
-    mode, transform, autocast or profiler. Such calls skip it, which saves half of an op call's host time."""
+def _signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """All that the checks and the choice of a backend depend on, or None where the dispatcher would do more than pass
+    the call on: for subclasses of tensors, modes, autocast, torch.jit.trace, a profiler."""
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
         or _profiler_enabled()
     ):
-        return False
-    for a in args:  # a plain loop: a generator would cost more than the rest
-        if isinstance(a, Tensor) and torch._C._dispatch_keys(a).raw_repr() not in _PLAIN_KEYS:
-            return False
-    return True
+        return None
+    signature: list[Any] = [backend.forced(), backend.recording()]
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            signature += (a.device, a.dtype, a.shape)
+        elif kind is list:
+            signature.append(tuple(a))
+        elif isinstance(a, Tensor):
+            return None
+        else:
+            signature.append(a)
+    return tuple(signature)
 
 
-def _differentiate(
-    definition: Callable[..., Any], args: Sequence[Any], grads: Sequence[Tensor | None], mask: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    # An alias per argument: one tensor passed twice gets two gradients, not their sum twice.
-    args = [torch.zeros_like(args[0], requires_grad=True) if a is ZERO else a for a in args]
-    aliases = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
-    outputs = definition(*aliases)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    flowing = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    wanted = [a for a, needed in zip(aliases, mask, strict=True) if needed]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in flowing], wanted, [g for _, g in flowing], create_graph=True, allow_unused=True
-        )
-        if flowing
-        else [None] * len(wanted)
-    )
-    return tuple(next(found) if needed else None for needed in mask)
+def context_dtype(device: str, args: Sequence[Any]) -> torch.dtype:
+    """The dtype that the autocast context asks for."""
+    return torch.get_autocast_dtype(device)
+
+
+def widest_dtype(device: str, args: Sequence[Any]) -> torch.dtype:
+    """The dtype that torch promotes the floating-point arguments to."""
+    dtypes = (a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _cast(value: Any, device: str, dtype: torch.dtype) -> Any:

@@ -198,19 +198,27 @@ class Decision:
         return "\n".join(lines + [f"    {name}: {why}" for name, why in self.refused.items()])
 
 
-_recorded: ContextVar[list[Decision] | None] = ContextVar("dlops_decisions", default=None)
+@dataclass(eq=False)
+class Recording:
+    """The decisions made inside one :func:`explain`."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("dlops_recording", default=None)
+recording = _recording.get
 
 
 def select(op: Dispatchable, args: Sequence[Any]) -> Callable[..., Any]:
     """The implementation of ``op`` that runs for ``args``: the forced backend, else the first that its rule names and
     that does not refuse them."""
-    name, decisions = _forced.get(), _recorded.get()
+    name, record = _forced.get(), _recording.get()
     if name is not None:
         reason = refusal(op, name, args)
         if reason is not None:
             raise RuntimeError(f"dlops.{op.name}: backend {name!r} was forced but cannot run this call: {reason}")
-        if decisions is not None:
-            decisions.append(Decision(op.name, name, "forced by use_backend or DLOPS_BACKEND"))
+        if record is not None:
+            record.decisions.append(Decision(op.name, name, "forced by use_backend or DLOPS_BACKEND"))
         return _loaded(op, name)
     refused = {}
     for name in op.rule(*args):
@@ -221,8 +229,8 @@ def select(op: Dispatchable, args: Sequence[Any]) -> Callable[..., Any]:
         _log_once(op.name, name, reason)
     else:
         name = "torch"
-    if decisions is not None:
-        decisions.append(Decision(op.name, name, _why(args), refused))
+    if record is not None:
+        record.decisions.append(Decision(op.name, name, _why(args), refused))
     return _loaded(op, name)
 
 
@@ -275,9 +283,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Returns:
         An :class:`Explanation`: print it, or read ``.backend`` and ``.decisions``.
     """
-    token = _recorded.set([])
+    record = Recording()
+    token = _recording.set(record)
     try:
         function(*args, **kwargs)
-        return Explanation(tuple(_recorded.get() or ()))
     finally:
-        _recorded.reset(token)
+        _recording.reset(token)
+    return Explanation(tuple(record.decisions))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlops._op import ZERO, acc, op, sum_rows
+from dlops._op import acc, op, sum_rows, widest_dtype
 from dlops.ops._check import check_eps, check_shape, check_tensors
 
-# torch runs these norms in float32 under autocast on a GPU, and in the input's dtype on a CPU.
-AUTOCAST = {"cuda": torch.float32}
+# torch runs these norms in float32 under autocast on a GPU, and in what the arguments promote to on a CPU.
+AUTOCAST = {"cuda": torch.float32, "cpu": widest_dtype}
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> None:
@@ -184,12 +184,12 @@ layer_norm.register_autograd(
 )
 add_rms_norm.register_autograd(
     _add_rms_norm_formula,
-    saves=lambda args, outputs: ((outputs[1], ZERO, *args[2:]), outputs[2:]),
+    saves=lambda args, outputs: ((outputs[1], None, *args[2:]), outputs[2:]),
     non_differentiable=("rstd",),
 )
 add_layer_norm.register_autograd(
     _add_layer_norm_formula,
-    saves=lambda args, outputs: ((outputs[1], ZERO, *args[2:]), outputs[2:]),
+    saves=lambda args, outputs: ((outputs[1], None, *args[2:]), outputs[2:]),
     non_differentiable=("mean", "rstd"),
 )
 
