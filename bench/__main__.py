@@ -20,6 +20,21 @@ DOCS = Path(__file__).parent.parent / "docs" / "performance.md"
 ALL = "all known machines"
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, accepted are positive numbers")
+    return value
+
+
+def _json_path(text: str) -> Path:
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, accepted is a file name ending in .json; names of cases come first"
+        )
+    return Path(text)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench", description=__doc__)
     p.add_argument(
@@ -30,10 +45,15 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=tuple(DTYPES), action="append", help="default: float32 on a CPU, bfloat16 on a GPU"
     )
     p.add_argument("--all", action="store_true", help="every shape and dtype instead of the representative ones")
-    p.add_argument("--seconds", type=float, default=2.0, help="of timing per row (%(default)s)")
+    p.add_argument("--seconds", type=_positive, default=2.0, help="of timing per row (%(default)s)")
     p.add_argument("--only-eager", action="store_true", help="leave torch.compile and peers out")
     p.add_argument(
-        "--json", nargs="?", type=Path, const=Path(), metavar="F", help="keep the results; default F: bench/results/"
+        "--json",
+        nargs="?",
+        type=_json_path,
+        const=Path(),
+        metavar="F",
+        help="keep the results in F, with its rows that were not measured again; default F: bench/results/",
     )
     p.add_argument("--report", type=Path, metavar="DIR", help="write plots and an HTML page")
     p.add_argument(
@@ -91,12 +111,15 @@ def main(argv: list[str] | None = None) -> int:
         path = None
         if args.json is not None:
             path = rows.default_path(run.machine) if args.json == Path() else args.json
+        older = rows.Run.load(path) if path and path.exists() else None
+        if older and older.machine["name"] != run.machine["name"]:
+            p.error(f"--json {path}: it holds results of {older.machine['name']}; choose another file")
         settings = runner.Settings(args.seconds, rivals=not args.only_eager)
         for _ in runner.run(todo, run, settings, lambda text: progress.update(task, description=text)):
             progress.advance(task)
             progress.update(task, description="measured")
             if path:
-                run.save(path)  # after every case: a run that is cut short keeps what it measured
+                run.after(older).save(path)  # after every case: a run that is cut short keeps what it measured
     console.print(report.render(run))
     for job, trace in run.failures.items():
         console.print(f"FAILED {job}\n{trace}", style="red", markup=False, highlight=False)

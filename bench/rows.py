@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ class Run:
         """The rows in which dlops is slower than ``rival``, small shapes aside."""
         return [row for row in self.rows if not row.small and row.speedup.get(rival, 1.0) < 1.0]
 
+    def after(self, older: "Run | None") -> "Run":
+        """This run, with the rows that only an older one of the same machine has."""
+        if older is None or older.machine["name"] != self.machine["name"]:
+            return self
+        fresh = {row.key for row in self.rows}
+        return replace(self, rows=[row for row in older.rows if row.key not in fresh] + self.rows)
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -106,11 +113,7 @@ def stored(folder: Path = RESULTS) -> dict[str, Run]:
     runs = sorted((Run.load(path) for path in folder.glob("*.json")), key=lambda run: run.machine["date"])
     machines: dict[str, Run] = {}
     for run in runs:
-        older = machines.get(run.machine["name"])
-        if older is not None:
-            fresh = {row.key for row in run.rows}
-            run.rows = [row for row in older.rows if row.key not in fresh] + run.rows
-        machines[run.machine["name"]] = run
+        machines[run.machine["name"]] = run.after(machines.get(run.machine["name"]))
     return machines
 
 

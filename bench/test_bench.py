@@ -14,7 +14,7 @@ from bench.report import markdown, not_measured, render, write_report
 from bench.rows import Run, missing
 from bench.runner import Settings, _warm_up, run
 
-CEILINGS = {"copy": 1e10, "matmul": {"float32": 1e11}}
+CEILINGS = {"copy": 1e10, "matmul": {"float32": 1e11, "bfloat16": 1e11}}
 MACHINE = {"name": "Test CPU, 2 cores", "device": "cpu", "date": "2026-01-01 00:00 UTC"}
 
 
@@ -76,6 +76,21 @@ def test_exit_status_says_whether_a_case_failed(case, monkeypatch, capsys):
     registry.case(cpu=[(4, 1)], name="broken")(double)
     assert command.main(["broken", "--device", "cpu", "--only-eager", "--seconds", "0.02"]) == 1
     assert "broken 4x1 float32" in capsys.readouterr().out
+
+
+def test_measuring_some_rows_again_keeps_the_others(case, monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(measure, "ceilings", lambda *args: CEILINGS)
+    kept = tmp_path / "kept.json"
+    quick = ["double", "--device", "cpu", "--only-eager", "--seconds", "0.02", "--json", str(kept)]
+    assert command.main([*quick, "--dtype", "bfloat16"]) == 0
+    assert command.main(quick) == 0
+    assert sorted(row.dtype for row in Run.load(kept).rows) == 4 * ["bfloat16"] + 4 * ["float32"]
+    other = Run.load(kept)
+    other.machine["name"] = "another"
+    other.save(kept)
+    with pytest.raises(SystemExit):
+        command.main(quick)
+    assert "holds results of another" in capsys.readouterr().err
 
 
 def test_a_rival_that_cannot_run_is_named(case):
