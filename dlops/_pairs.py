@@ -2,8 +2,9 @@
 
 A pair is proven when every call of the activation takes the output of such a linear, the linear is called once by one
 module and nothing else takes its output. The calls are read off the traced forward of the modules that hold the two, in
-training and evaluation and with optional arguments given and left out. No other module above them may reach past
-that forward: its code does not name them, or its own trace does not call them.
+training and evaluation, with and without gradients, and with optional arguments given and left out; a forward that
+decides by what a trace does not see proves nothing. No other module above them may reach past that forward: its
+code does not name them, or its own trace does not call them.
 """
 
 import contextlib
@@ -13,14 +14,17 @@ import gc
 import inspect
 import itertools
 import random
+import sys
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
+from typing import NoReturn
 
 import torch
 from torch import fx
+from torch.fx.proxy import TraceError
 from torch.nn import Module
 
 _ACTIVATIONS = {
@@ -59,6 +63,24 @@ _ACTIVATIONS = {
 }
 _PARAMETERS = {"elu": ("alpha",), "leaky_relu": ("negative_slope",), "softplus": ("beta", "threshold")}
 _HARMLESS = (object, Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+# What leads from a module to any other below it.
+_REACHES = {"_modules", "apply", "children", "modules", "named_children", "named_modules", "get_submodule", "__dict__"}
+# What a forward may decide by without a trace noticing: the kind of its input, and the state of the process.
+_UNSEEN = {
+    "callable",
+    "hasattr",
+    "is_autocast_enabled",
+    "is_compiling",
+    "is_dynamo_compiling",
+    "is_exporting",
+    "is_inference_mode_enabled",
+    "type",
+}
+_REGISTERED = vars(Module()).keys()
+_TAKES_FROM_SELF = {  # the instructions after one that loads self
+    *("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP"),
+    *("CONVERT_VALUE", "FORMAT_SIMPLE", "FORMAT_VALUE"),
+}
 _INITIALIZERS = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # handle children, never run them
 _NAMES = {name for names in _ACTIVATIONS.values() for name in names.values()}
 
@@ -95,7 +117,8 @@ class Prover:
                 if child is not None:
                     self._holders[child].append((holder, name))
         self._traced: dict[Module, list[fx.Graph] | Unproven] = {}
-        self._loaded: dict[type, tuple[Counter[str], set[str]]] = {}
+        self._loaded: dict[type, _Loads] = {}
+        self._stashed = {m: where for holder in self.names for where, m in _stashed(holder) if m in self.names}
         self._linear_callers = {c: None for m in self.names if is_linear(m) for c in self._callers(m)}
 
     def candidates(self) -> Iterator[Module]:
@@ -178,16 +201,22 @@ class Prover:
         reason = self.obstacle(module)
         if reason:
             raise Unproven(f"{self.names[module]}: {reason}")
+        if module in self._stashed:
+            raise Unproven(f"{self._stashed[module]} holds {self.names[module]} too")
         direct, through = self._handles(module)
         callers = self._callers(module)
         for above in self._above(module):
-            loads, escapes = self._loads(type(above))
+            loads = self._loads(type(above))
             if above in callers:
-                if any(loads[name] > 1 for name in direct):
+                if any(loads.count[name] > 1 for name in direct):
                     raise Unproven(f"several methods of {type(above).__name__} use {self.names[module]}")
                 continue
-            named = "forward" in vars(above) or any(loads[name] for name in direct) or through & escapes
-            if named and _has_forward(above) and self._calls(above, module):
+            named = any(loads.count[name] for name in direct) or through & loads.escapes
+            if (
+                (named or loads.reaches or "forward" in vars(above))
+                and _has_forward(above)
+                and self._calls(above, module)
+            ):
                 raise Unproven(f"{type(above).__name__}.forward calls {self.names[module]} itself")
 
     def _handles(self, module: Module) -> tuple[set[str], set[str]]:
@@ -199,24 +228,57 @@ class Prover:
                 through = through.union(*self._handles(holder))
         return direct, through
 
-    def _loads(self, cls: type) -> tuple[Counter[str], set[str]]:
-        """How many of a class's functions load each attribute, and the attributes they do not merely call."""
+    def _loads(self, cls: type) -> "_Loads":
         if cls not in self._loaded:
-            functions: dict[str, object] = {}
-            for base in reversed(cls.__mro__):
-                if base not in _HARMLESS:
-                    functions.update(vars(base))
-            for name in _INITIALIZERS:
-                functions.pop(name, None)
-            count, escapes = Counter[str](), set[str]()
-            for function in functions.values():
-                function = getattr(function, "fget", None) or getattr(function, "__func__", function)
-                code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-                loads = set(_attribute_loads(code)) if code else set()
-                count.update({name for name, _ in loads})
-                escapes.update(name for name, is_call in loads if not is_call)
-            self._loaded[cls] = count, escapes
+            self._loaded[cls] = _Loads(cls)
         return self._loaded[cls]
+
+
+class _Loads:
+    """What the code of a class takes from its instances.
+
+    Attributes:
+        count: how many of its functions load each attribute.
+        escapes: the attributes that they do not merely call.
+        reaches: whether ``forward``, or a method it leads to, may get at modules without naming them.
+    """
+
+    def __init__(self, cls: type) -> None:
+        functions: dict[str, object] = {}
+        for base in reversed(cls.__mro__):
+            if base not in _HARMLESS:
+                functions.update(vars(base))
+        for name in _INITIALIZERS:
+            functions.pop(name, None)
+        codes: dict[str, CodeType] = {}
+        for name, function in functions.items():
+            function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is not None:
+                codes[name] = code
+        loads = {name: set(_attribute_loads(code)) for name, code in codes.items()}
+        self.count = Counter(name for found in loads.values() for name in {name for name, _ in found})
+        self.escapes = {name for found in loads.values() for name, is_call in found if not is_call}
+        led_to = ["forward"]
+        for method in led_to:
+            led_to += [name for name, _ in loads.get(method, ()) if name in codes and name not in led_to]
+        self.reaches = any(
+            _passes_self_on(codes[method]) or _REACHES & {name for name, _ in loads[method]}
+            for method in led_to
+            if method in codes
+        )
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that notices ``isinstance``, whose answer would be another for a tensor."""
+
+    tracer: "_Tracer"
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        if not _is_library(sys._getframe(1)):
+            self.tracer.stop("isinstance of a tensor")
+        return type(self)
 
 
 class _Tracer(fx.Tracer):
@@ -227,18 +289,49 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._proxies: list[weakref.ref[fx.Proxy]] = []
+        self._stopped_by: str | None = None
+        self._ran: set[CodeType] = set()
+
+    def record(self, module: Module, arguments: dict[str, object]) -> fx.Graph:
+        """The graph of a module's forward; raises ValueError where another call might take another way through it."""
+        profile = sys.getprofile()
+        sys.setprofile(self._watch)
+        try:
+            graph = self.trace(module, arguments or None)
+        finally:
+            sys.setprofile(profile)
+        self._mark_kept()
+        unseen = self._stopped_by or next(filter(None, map(_unseen, self._ran)), None)
+        if unseen:
+            raise ValueError(f"what it does may depend on {unseen}")
+        return graph
+
+    def stop(self, decision: str) -> NoReturn:
+        """Raise TraceError, and fail in the end even if the forward catches it."""
+        self._stopped_by = decision
+        raise TraceError(f"it depends on {decision}")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.stop("the values of its input")
+
+    def iter(self, obj: fx.Proxy) -> NoReturn:  # type: ignore[override]
+        self.stop("the length of its input")
+
+    def _watch(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and not _is_library(frame):
+            self._ran.add(frame.f_code)
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        proxy = super().proxy(node)
+        proxy = _Proxy(node, self)
         if isinstance(_called(self.root, node), torch.nn.Linear):
             self._proxies.append(weakref.ref(proxy))
         return proxy
 
-    def mark_kept(self) -> None:
-        """After a trace: mark the linears whose output the forward left somewhere, as in ``self.hidden = x``."""
+    def _mark_kept(self) -> None:
+        """Mark the linears whose output the forward left somewhere, as in ``self.hidden = x``."""
         if any(proxy() is not None for proxy in self._proxies):
             gc.collect()
         for proxy in self._proxies:
@@ -259,18 +352,16 @@ def _trace(module: Module) -> Iterator[fx.Graph]:
         raise ValueError(f"its {len(choices)} optional arguments make too many cases")
     attributes = (value for m in module.modules() for value in vars(m).values())
     tensors = [*module.parameters(), *module.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor))]
-    for training, *values in itertools.product((False, True), *choices.values()):
+    for training, gradients, *values in itertools.product((False, True), (False, True), *choices.values()):
         twin = copy.deepcopy(module, {id(t): t for t in tensors})
         for submodule in twin.modules():
             submodule.training = bool(training)
         arguments = {name: value for name, value in zip(choices, values, strict=True) if value is not given}
         state, torch_state = random.getstate(), torch.get_rng_state()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.set_grad_enabled(bool(gradients)):
                 warnings.simplefilter("ignore")
-                tracer = _Tracer()
-                graph = tracer.trace(twin, arguments or None)
-            tracer.mark_kept()
+                graph = _Tracer().record(twin, arguments)
             if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
                 raise ValueError("what it does depends on random numbers")
         finally:
@@ -295,6 +386,57 @@ def _describe(caller: Module, node: object) -> str:
     if module is not None or not isinstance(node, fx.Node):
         return type(module or node).__name__
     return {"placeholder": "an argument", "output": "the result"}.get(node.op, f"{node.target!s}".split()[-1])
+
+
+def _is_library(frame: FrameType) -> bool:
+    root = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return root in ("torch", "dlops") or root in sys.stdlib_module_names
+
+
+def _stashed(holder: Module) -> Iterator[tuple[str, Module]]:
+    """The modules that a module holds elsewhere than among its submodules: (attribute, module)."""
+    for name, value in vars(holder).items():
+        if name not in _REGISTERED:
+            for found in _modules_in(value, 3):
+                if found is holder:  # its own method, as in self.act = self.exact
+                    continue
+                yield from ((f"{type(holder).__name__}.{name}", module) for module in found.modules())
+
+
+def _modules_in(value: object, depth: int) -> Iterator[Module]:
+    if isinstance(value, Module):
+        yield value
+    elif isinstance(getattr(value, "__self__", None), Module):  # a method
+        yield value.__self__  # type: ignore[attr-defined]
+    elif depth and isinstance(value, (list, tuple, set, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth - 1)
+
+
+def _unseen(code: CodeType) -> str | None:
+    """What code may decide by without a trace noticing."""
+    instructions = list(dis.get_instructions(code))
+    for before, this in itertools.pairwise(instructions):
+        if this.opname.startswith("LOAD_") and this.argval in _UNSEEN:
+            return f"{this.argval}()"
+        if this.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
+            return "what an argument is"
+    return None
+
+
+def _passes_self_on(code: CodeType, name: str | None = None) -> bool:
+    """Whether code does anything with its first argument but take attributes from it, ask for one, or print it."""
+    name = name or next(iter(code.co_varnames[: code.co_argcount]), None)
+    instructions = list(dis.get_instructions(code))
+    for i, this in enumerate(instructions[:-1]):
+        loaded = this.argval if isinstance(this.argval, tuple) else (this.argval,)
+        if name not in loaded or not this.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            continue
+        before, following = instructions[i - 1], instructions[i + 1]
+        asks = before.argval in ("getattr", "hasattr") and following.opname == "LOAD_CONST"
+        if loaded[-1] != name or not (asks or following.opname in _TAKES_FROM_SELF):
+            return True
+    return any(_passes_self_on(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 def _attribute_loads(code: CodeType) -> Iterator[tuple[str, bool]]:

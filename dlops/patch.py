@@ -16,6 +16,7 @@ _REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
 }
+_SWAPPED_IN = (*_REPLACEMENTS.values(), nn.LinearAct, FusedActivation)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -125,16 +126,23 @@ def unpatch(model: Module) -> int:
     """Give every module that :func:`patch` changed its own class back, in place; returns how many there were.
 
     Works on copies and unpickled copies of a patched model too. dlops.nn modules that were built as such stay.
+
+    Raises:
+        RuntimeError: something else changed a module's class since (a parametrization, FSDP); undo that first. Nothing
+            has been changed then.
     """
-    count = 0
-    for module in model.modules():
-        original = vars(module).pop("_dlops_original", None)
-        if original is not None:
-            if type(module) is nn.LinearAct:
-                del module.activation, module.activation_params
-            module.__class__ = original
-            count += 1
-    return count
+    patched = {name: module for name, module in model.named_modules() if "_dlops_original" in vars(module)}
+    for name, module in patched.items():
+        if type(module) not in _SWAPPED_IN:
+            raise RuntimeError(
+                f"unpatch: {name or 'the model'} has become a {type(module).__module__}.{type(module).__qualname__} "
+                f"since it was patched; undo that first"
+            )
+    for module in patched.values():
+        if type(module) is nn.LinearAct:
+            del module.activation, module.activation_params
+        module.__class__ = vars(module).pop("_dlops_original")
+    return len(patched)
 
 
 def _swap(module: Module, cls: type[Module]) -> None:

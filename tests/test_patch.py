@@ -1,13 +1,16 @@
 """patch and unpatch: what is swapped, what is fused, what is left alone, and that nothing else changes."""
 
+import contextlib
 import copy
 import io
+import itertools
 import os
 import pickle
 import random
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,6 +217,45 @@ class SharedLinear(nn.Module):
         return self.a(x) + self.b(x)
 
 
+def run_inside(model: nn.Module, x: Tensor) -> Tensor:
+    return model.net[0](x) + model.net(x)
+
+
+class PassesItselfOn(Iterates):
+    def forward(self, x: Tensor) -> Tensor:
+        return run_inside(self, x)
+
+
+class FindsChildren(Iterates):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = next(iter(self.children()))
+        return inner[0](x) + inner(x)
+
+
+class Stashes(Iterates):
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = [self.net[0]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.taps[0](x) + self.net(x)
+
+
+def swallows(self: FeedForward, x: Tensor) -> Tensor:
+    with contextlib.suppress(Exception):
+        if x.sum() < 1e9:
+            return self.fc(x)
+    return self.act(self.fc(x))
+
+
+def matches(self: FeedForward, x: Tensor) -> Tensor:
+    match x:
+        case Tensor():
+            return self.fc(x)
+        case _:
+            return self.act(self.fc(x))
+
+
 def overridden() -> nn.Module:
     model = FeedForward()
     model.forward = lambda x: (h := model.fc(x)) + model.act(h)
@@ -248,6 +290,26 @@ LOOKALIKES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         variant(lambda self, x: self.act(self.fc(x) if torch.rand(()) < 0.99 else x)),
         "random numbers",
     ),
+    "kind of input": (
+        variant(lambda self, x: self.fc(x) if isinstance(x, Tensor) else self.act(self.fc(x))),
+        "isinstance of a tensor",
+    ),
+    "matched kind of input": (variant(matches), "isinstance of a tensor"),
+    "type of input": (variant(lambda self, x: self.fc(x) if type(x) is Tensor else self.act(self.fc(x))), r"type\(\)"),
+    "attribute of input": (variant(lambda self, x: self.act(self.fc(x)) if hasattr(x, "b") else self.fc(x)), "hasattr"),
+    "value of an argument": (
+        variant(lambda self, x, m=None: self.act(self.fc(x)) if m is not True else self.fc(x)),
+        "what an argument is",
+    ),
+    "swallowed": (variant(swallows), "the values of its input"),
+    "gradients on": (variant(lambda self, x: self.act(h := self.fc(x)) + h * torch.is_grad_enabled()), "also used by"),
+    "autocast": (
+        variant(lambda self, x: self.act(self.fc(x)) if torch.is_autocast_enabled("cpu") else self.fc(x)),
+        "is_autocast_enabled",
+    ),
+    "parent passes itself on": (PassesItselfOn, "calls net.0 itself"),
+    "parent finds children": (FindsChildren, "calls net.0 itself"),
+    "parent keeps the linear": (Stashes, "Stashes.taps holds net.0 too"),
     "two methods": (variant(FeedForward.forward, embed=lambda self, x: self.fc(x)), "several methods"),
     "function": (variant(lambda self, x: nn.functional.gelu(self.fc(x))), "is a function"),
     "parent reaches in": (ReachesIn, "ReachesIn.forward calls ff.fc itself"),
@@ -371,6 +433,48 @@ def test_lookalikes_are_left_alone(name: str) -> None:
     assert all(type(linear) is dlops.nn.Linear for linear in linears)
     assert {n: t for n, t in inventory(model).items() if n in others} == others
     assert_same(model, reference, x)
+
+
+def test_unpatch_refuses_what_changed_since() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    patch(model)
+    parametrizations.weight_norm(model[0])
+    x = torch.randn(2, 8)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=r"0 has become a .*Parametrized.*undo that first"):
+        unpatch(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert type(model[2]) is dlops.nn.Linear
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert unpatch(model) == 3
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("size", [8, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(size: int, dtype: torch.dtype) -> None:
+    """The second layer's input has the context's dtype, its weight has float32."""
+    model = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size), nn.ReLU(), nn.LayerNorm(size))
+    reference, x = copy.deepcopy(model), torch.randn(size, size)
+    assert len(fused(patch(model))) == 2
+    with torch.autocast("cpu", dtype):
+        actual, expected = run(model, x), run(reference, x)
+    for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).float().norm() < 0.05 * theirs.float().norm()
+
+
+def test_recorded_as_torch_functions() -> None:
+    """torch.fx and torch.jit.trace see the functions of a model that was not patched."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 8)), torch.randn(4, 8)
+    patch(model)
+    assert "gelu(" in torch.fx.symbolic_trace(model).code
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    assert "aten::gelu" in str(traced.inlined_graph)
+    assert "dlops::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), model(x))
 
 
 def test_tracing_leaves_no_trace() -> None:
