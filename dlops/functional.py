@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu, sigmoid, silu, softplus, tanh
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dlops import backend
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
@@ -51,13 +52,26 @@ _SMALL_NORM = 32768
 _SMALL_LINEAR = 1 << 21
 
 
-def _plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether eager torch serves a fused linear function: nothing is forced, and there is little work or no kernel."""
-    if backend.forced() is not None or weight.dim() != 2 or x.dim() == 0:
+def _a_tensor(x: Any) -> bool:
+    """Whether x is a tensor to compute with. torch's own functions name what is none, and serve what records them: a
+    torch.fx proxy, torch.jit.trace."""
+    return isinstance(x, Tensor) and torch._C._get_tracing_state() is None
+
+
+def _plain(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:
+    """Whether eager torch serves a fused linear function: nothing is forced, there is little work or no kernel, and
+    torch would not broadcast a bias that the op rejects."""
+    if not _a_tensor(x):
+        return True
+    if backend.forced() is not None or weight.dim() != 2 or x.dim() == 0 or weight.device != x.device:
         return False
+    features = weight.shape[0]
+    for bias in biases:
+        if bias is not None and (bias.dim() != 1 or bias.numel() != features):
+            return False
     if x.dtype not in _FLOATS:
         return x.dtype == torch.float64
-    return not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _SMALL_LINEAR
+    return not torch.compiler.is_compiling() and x.numel() * features < _SMALL_LINEAR
 
 
 def _keeps(activation: str, *tensors: Tensor | None) -> bool:
@@ -78,6 +92,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not (_a_tensor(x) and isinstance(weight, Tensor)):
+        return False
     forced = backend.forced()
     if forced is not None and forced != "torch":
         return True
@@ -90,11 +106,13 @@ def _linear_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    return forced is not None or x.numel() * weight.shape[0] >= _SMALL_LINEAR
+    if forced is not None or torch.compiler.is_compiling():
+        return True
+    return x.numel() * weight.shape[0] >= _SMALL_LINEAR
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:
-    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
+    return all(t is None or (isinstance(t, Tensor) and t.dtype == x.dtype and t.device == x.device) for t in others)
 
 
 def linear_act(
@@ -121,9 +139,12 @@ def linear_act(
         TypeError: a parameter that the activation does not take.
     """
     values = activation_params("linear_act", activation, params)
-    if _plain(x, weight):
-        linear_op.check(x, weight, bias, activation, values, False)
-        return activate(F.linear(x, weight, bias), activation, values)
+    if _plain(x, weight, bias):
+        try:
+            return activate(F.linear(x, weight, bias), activation, values)
+        except RuntimeError:
+            linear_op.check(x, weight, bias, activation, values, False)
+            raise
     return linear_op(x, weight, bias, activation, values, _keeps(activation, x, weight, bias))[0]
 
 
@@ -153,9 +174,12 @@ def gated_linear(
     """
     values = activation_params("gated_linear", activation, params)
     inputs = (x, weight_gate, weight_up, bias_gate, bias_up)
-    if _plain(x, weight_gate):
-        gated_op.check(*inputs, activation, values, False)
-        return activate(F.linear(x, weight_gate, bias_gate), activation, values) * F.linear(x, weight_up, bias_up)
+    if (not _a_tensor(x) or weight_gate.shape == weight_up.shape) and _plain(x, weight_gate, bias_gate, bias_up):
+        try:
+            return activate(F.linear(x, weight_gate, bias_gate), activation, values) * F.linear(x, weight_up, bias_up)
+        except RuntimeError:
+            gated_op.check(*inputs, activation, values, False)
+            raise
     # The gate's own derivative may need only its output, but the product's needs both factors.
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     return gated_op(*inputs, activation, values, keep)[0]
@@ -176,9 +200,12 @@ def maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, num_pie
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: ``num_pieces`` does not divide weight's rows.
     """
-    if _plain(x, weight):
-        maxout_op.check(x, weight, bias, num_pieces)
-        return F.linear(x, weight, bias).unflatten(-1, (weight.shape[0] // num_pieces, num_pieces)).max(-1).values
+    if num_pieces > 0 and _plain(x, weight, bias):
+        try:
+            return F.linear(x, weight, bias).unflatten(-1, (weight.shape[0] // num_pieces, num_pieces)).max(-1).values
+        except RuntimeError:
+            maxout_op.check(x, weight, bias, num_pieces)
+            raise
     return maxout_op(x, weight, bias, num_pieces)[0]
 
 
@@ -233,7 +260,7 @@ def add_rms_norm(
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: a negative eps.
     """
-    dims = _checked_dims("add_rms_norm", input, normalized_shape, weight)
+    dims = _checked_dims("add_rms_norm", input, residual, normalized_shape, weight)
     y, total, _ = add_rms_norm_op(_flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps))
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
@@ -251,8 +278,8 @@ def add_layer_norm(
     Returns:
         ``(normed, sum)``: layer_norm(input + residual) and input + residual, both shaped like input.
     """
-    dims = _checked_dims("add_layer_norm", input, normalized_shape, weight, bias)
-    if dims == 1 and _small(input):
+    dims = _checked_dims("add_layer_norm", input, residual, normalized_shape, weight, bias)
+    if dims == 1 and _small(input) and not torch.is_autocast_enabled(input.device.type):
         add_layer_norm_op.check(input, residual, weight, bias, eps)
         total = input + residual
         return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
@@ -271,16 +298,20 @@ def _norm_dims(
     x: Tensor, normalized_shape: Sequence[int], parameters: Sequence[Tensor | None], eps: float | None
 ) -> int:
     """How many trailing dimensions the op normalises; 0 where torch's own function serves, or rejects, the call."""
-    if not isinstance(x, Tensor) or not isinstance(normalized_shape, (list, tuple)):
+    if not _a_tensor(x) or not isinstance(normalized_shape, (list, tuple)) or _wraps(x):
         return 0
     dims = len(normalized_shape)
     shape = x.shape[-dims:]
-    if dims == 0 or x.dim() < dims or shape != tuple(normalized_shape):
+    if dims == 0 or x.dim() < dims or shape != tuple(normalized_shape) or float in map(type, normalized_shape):
         return 0
     forced = backend.forced()
     kernels = forced is not None and forced != "torch"
     for parameter in parameters:
-        if parameter is not None and (parameter.shape != shape or (not kernels and parameter.dtype != x.dtype)):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor) or parameter.shape != shape:
+            return 0
+        if parameter.dtype != x.dtype and not kernels:
             return 0
     if kernels:
         return dims
@@ -292,13 +323,22 @@ def _norm_dims(
     return dims
 
 
-def _checked_dims(name: str, x: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> int:
+def _wraps(x: Tensor) -> bool:
+    """Whether x is a nested, distributed or similar tensor, which torch's own functions have rules for."""
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x) and not torch.compiler.is_compiling()
+
+
+def _checked_dims(
+    name: str, x: Tensor, residual: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None
+) -> int:
     dims = len(normalized_shape)
     shape = tuple(normalized_shape)
     if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != shape:
         raise RuntimeError(
             f"{name}: input has shape {tuple(x.shape)}, accepted is (..., *normalized_shape) with {shape}"
         )
+    if residual.shape != x.shape:
+        raise RuntimeError(f"{name}: residual has shape {tuple(residual.shape)}, accepted is {tuple(x.shape)}")
     for parameter in parameters:
         if parameter is not None and tuple(parameter.shape) != shape:
             raise RuntimeError(

@@ -3,7 +3,6 @@
 An op added later is found in the registry, and its samples in tests/test_*.py.
 """
 
-import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -39,8 +38,6 @@ def served(op: Op, name: str, make: Make) -> list[tuple[Any, ...]]:
     """The samples that ``name`` serves; skips where the backend is not available, fails where a kernel refuses one."""
     if (reason := backend.missing(name)) is not None:
         pytest.skip(reason)
-    if name == "cpu":
-        make = dataclasses.replace(make, device="cpu")  # whatever device the others are tested on
     found = []
     for args in make.samples(op):
         reason = backend.refusal(op, name, args)
@@ -163,6 +160,32 @@ def test_nan_stays_in_its_row(op: Op, name: str, device: str) -> None:
         for what, a, b in zip(op.returns, clean, dirty, strict=True):
             if not what.startswith(("dweight", "dbias")) and a.numel():
                 torch.testing.assert_close(b[1:], a[1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "name"), PAIRS)
+def test_nan_is_not_hidden(op: Op, name: str, device: str) -> None:
+    """Outputs and gradients are NaN wherever the definition's are, whichever branch of the op a sample takes."""
+    for args in served(op, name, Make(torch.float32, device)):
+        if args[0].dim() != 2 or not 8 < args[0].numel() < 5000:
+            continue
+        if any(isinstance(a, str) and a in ("step", "sign") for a in args):
+            continue  # whether the product with a derivative of 0 is formed is left open
+        poisoned = [args[0].clone(), *args[1:]]
+        poisoned[0][0] = float("nan")
+        with dlops.use_backend(name):
+            ours = [*testing.as_tuple(op(*poisoned)), *all_gradients(op, poisoned)]
+        with dlops.use_backend("torch"):
+            theirs = [*testing.as_tuple(op(*poisoned)), *all_gradients(op, poisoned)]
+        for a, b in zip(ours, theirs, strict=True):
+            assert not (b.isnan() & ~a.isnan()).any()
+
+
+def all_gradients(op: Op, args: Any) -> list[torch.Tensor]:
+    if not op.differentiable:
+        return []
+    outputs = testing.as_tuple(op.definition(*args))
+    dys = [None if i in op.non_differentiable else torch.ones_like(o) for i, o in enumerate(outputs)]
+    return testing.gradients(op, args, dys)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)

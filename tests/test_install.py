@@ -128,8 +128,10 @@ def test_why_cuda_is_missing_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("capability", "runs"),
-    [((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((12, 1), True), ((13, 0), True)]
-    + [((7, 5), False), ((9, 1), False), ((11, 0), False)],
+    [
+        *[((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((12, 1), True), ((13, 0), True)],
+        *[((7, 5), False), ((9, 1), False), ((11, 0), False)],
+    ],
 )
 def test_architectures_that_are_compiled_for(
     capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
@@ -263,7 +265,7 @@ def test_without_a_compiler_it_installs_and_says_so(clone: Path, tmp_path: Path)
 
 def test_a_compiler_that_fails_is_an_error(clone: Path, tmp_path: Path) -> None:
     broken = program(tmp_path / "bin" / "c++", "#!/bin/sh\necho out of cheese >&2; exit 1\n")
-    done = build(clone, PATH=str(broken.parent), DLOPS_BUILD_CUDA="0")
+    done = build(clone, CXX=str(broken), DLOPS_BUILD_CUDA="0")
     assert done.returncode != 0 and "the build failed" in done.stderr
     assert "out of cheese" in done.stdout + done.stderr
     done = build(clone, CXX="nonesuch-c++")

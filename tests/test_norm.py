@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dlops
 import dlops.functional as F
+from dlops import backend
 from dlops.ops import norm
 from dlops.testing import Make, samples
 
@@ -97,6 +98,16 @@ def test_equal_to_torch(shape: tuple[int, ...], dims: int) -> None:
             normed, total = F.add_rms_norm(x, x + 1, normalized, weight)
             torch.testing.assert_close(total, x + x + 1)
             torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + x + 1, normalized, weight))
+
+
+@pytest.mark.parametrize("width", [3, 1000, 5000])
+def test_a_row_of_one_value_is_zero(width: int) -> None:
+    """As in torch: what is left of a rounded mean must not be scaled up by a tiny variance."""
+    for name in ("cpu", "triton", "cuda"):
+        x = torch.full((40, width), 12345.678)
+        if backend.refusal(norm.layer_norm, name, (x, None, None, 1e-5)) is None:
+            with dlops.use_backend(name):
+                assert F.layer_norm(x, [width]).abs().max() < 1e-3
 
 
 def test_modules_share_torch_state_dicts() -> None:

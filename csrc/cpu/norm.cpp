@@ -1,6 +1,6 @@
 // Normalisation on the host. M rows, D width; a task is a range of rows (forward) or of row blocks (backward).
 // Each pass over a row after the first finds it in cache. Sums follow simd.h's row_sums; the mean enters as a float
-// and its rounding error, so that (x - mean) is exact where |mean| is large beside the spread.
+// and what that float leaves of it, so that (x - mean) is exact where |mean| is large beside the spread.
 #include "cpu/norm.h"
 
 #include "core/simd.h"
@@ -42,7 +42,7 @@ void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
     const T* x = row_of<T>(p.x, row, p.x_stride);
     T* sum = static_cast<T*>(p.sum) + (kAdd ? row * n : 0);
     const T* residual = row_of<T>(p.residual, kAdd ? row : 0, p.residual_stride);
-    double total[1];  // of x (layer) or of x^2 (rms)
+    double total[1], centred[2];  // of x (layer) or of x^2 (rms); of x - shift and of its square
     row_sums<1>(n, total, [&](int64_t j, auto lanes, vfloat(&t)[1]) DLOPS_INLINE {
       vfloat v = load(x + j, lanes);
       if constexpr (kAdd) {
@@ -53,18 +53,23 @@ void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
     });
     if constexpr (kAdd) x = sum;
     float shift = 0, mean_error = 0;
+    double square = total[0] / double(n);
     if constexpr (kLayer) {
-      const double mean = total[0] / double(n);
-      shift = float(mean);
-      mean_error = float(mean - double(shift));
-      row_sums<1>(n, total, [&](int64_t j, auto lanes, vfloat(&t)[1]) DLOPS_INLINE {
-        const vfloat d = (load(x + j, lanes) - shift) - mean_error;
-        t[0] = d * d;
+      shift = float(square);
+      row_sums<2>(n, centred, [&](int64_t j, auto lanes, vfloat(&t)[2]) DLOPS_INLINE {
+        const vfloat d = load(x + j, lanes) - shift;
+        t[0] = d;
+        t[1] = d * d;
       });
+      // What the sum and the rounding of the mean left: a row of one value then comes out as zeros.
+      const double rest = centred[0] / double(n);
+      mean_error = float(rest);
+      square = centred[1] / double(n) - rest * rest;
+      if (square < 0) square = 0;
       p.mean[row] = shift;
     }
     // In float like the definition: then the rounding of x^2 and of its root cancel in a row of one element.
-    const float rstd = 1.0f / __builtin_sqrtf(float(total[0] / double(n)) + float(p.eps));
+    const float rstd = 1.0f / __builtin_sqrtf(float(square) + float(p.eps));
     p.rstd[row] = rstd;
     T* y = static_cast<T*>(p.y) + row * n;
     if (streaming)

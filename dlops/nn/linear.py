@@ -104,7 +104,8 @@ class GatedLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.bias_gate is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, {bias=}, {self.activation=!s}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {bias=}, activation={self.activation!r}"
 
 
 class Maxout(torch.nn.Linear):

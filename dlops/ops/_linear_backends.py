@@ -14,17 +14,15 @@ from dlops import backend
 from dlops._op import Op, acc, as_rows, sum_rows
 from dlops.ops.activation import FROM_OUTPUT, activate, activate_backward
 
-# oneDNN's names for the activations that its inner product fuses, and their parameters after torch's.
+# oneDNN's names for the activations that its inner product fuses, and its algorithm. Not relu and leaky_relu, which
+# turn NaN into 0 there, nor hardswish, which is finite where torch's overflows.
 _ONEDNN = {
-    "none": ("none", [], ""),
-    "relu": ("relu", [], ""),
-    "leaky_relu": ("leaky_relu", None, ""),
-    "sigmoid": ("sigmoid", [], ""),
-    "tanh": ("tanh", [], ""),
-    "gelu": ("gelu", [], "none"),
-    "gelu_tanh": ("gelu", [], "tanh"),
-    "silu": ("swish", [], ""),
-    "hardswish": ("hardswish", [], ""),
+    "none": ("none", ""),
+    "sigmoid": ("sigmoid", ""),
+    "tanh": ("tanh", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
 }
 _LONGEST_ONEDNN = 4096
 _CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
@@ -59,7 +57,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if ONEDNN_WINS and x.dtype == torch.float32 and x.shape[-1] <= _LONGEST_ONEDNN and x.numel() and weight.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "none", [], "")
+        return _onednn(x, weight, bias, "none")
     return F.linear(x, weight, bias)
 
 
@@ -170,7 +168,7 @@ def _vendor_linear_act(
         assert bias is not None
         y = torch.ops.aten._addmm_activation(bias, as_rows(x), weight.t(), use_gelu=_CUBLASLT[activation])
         return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
-    return _onednn(x, weight, bias, activation, params), x.new_empty(0)
+    return _onednn(x, weight, bias, activation), x.new_empty(0)
 
 
 def _vendor_linear_act_backward(
@@ -198,9 +196,9 @@ def _vendor_gated_linear(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if save:
-        gate, up = _onednn(x, weight_gate, bias_gate, "none", []), _onednn(x, weight_up, bias_up, "none", [])
+        gate, up = _onednn(x, weight_gate, bias_gate, "none"), _onednn(x, weight_up, bias_up, "none")
         return activate(gate, activation, params) * up, gate, up
-    act = _onednn(x, weight_gate, bias_gate, activation, params)
+    act = _onednn(x, weight_gate, bias_gate, activation)
     y = torch.ops.mkldnn._linear_pointwise.binary(x, act, weight_up, _dense(bias_up), "mul")
     return y, x.new_empty(0), x.new_empty(0)
 
@@ -233,13 +231,12 @@ def _vendor_products(dpre: Tensor, x: Tensor, weight: Tensor, output_mask: list[
 
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if x.is_cuda else _onednn(x, weight, bias, "none", [])
+    return F.linear(x, weight, bias) if x.is_cuda else _onednn(x, weight, bias, "none")
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float]) -> Tensor:
-    attr, scalars, algorithm = _ONEDNN[activation]
-    scalars = params if scalars is None else scalars
-    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), attr, scalars, algorithm).contiguous()
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    attr, algorithm = _ONEDNN[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), attr, [], algorithm).contiguous()
 
 
 def _refuses_onednn(x: Tensor, weight: Tensor, activation: str) -> str | None:

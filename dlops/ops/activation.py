@@ -39,6 +39,8 @@ PARAMETERS: Mapping[str, Mapping[str, float]] = {
 _DEFAULTS = {name: list(PARAMETERS.get(name, {}).values()) for name in _TABLE}
 # Activations whose derivative is a function of their output: the backward keeps y, not the pre-activation.
 FROM_OUTPUT = frozenset({"none", "step", "sign", "relu", "sigmoid", "tanh"})
+# Those of them whose derivative is a constant: the backward keeps nothing, and any tensor of y's shape serves as y.
+FROM_NOTHING = frozenset({"none", "step", "sign"})
 
 
 def activate(x: Tensor, activation: str, params: list[float]) -> Tensor:

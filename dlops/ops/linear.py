@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlops._op import acc, as_rows, op, sum_rows
+from dlops._op import acc, as_rows, context_dtype, op, sum_rows
 from dlops.ops._check import FLOATING, check_shape, check_tensors
 from dlops.ops._linear_backends import ONEDNN_WINS, implement
-from dlops.ops.activation import FROM_OUTPUT, activate, activate_backward, check_activation
+from dlops.ops.activation import FROM_NOTHING, FROM_OUTPUT, activate, activate_backward, check_activation
 
 # torch runs linear in the dtype that the autocast context asks for.
-AUTOCAST = {"cuda": None, "cpu": None}
+AUTOCAST = {"cuda": context_dtype, "cpu": context_dtype}
 
 
 def _check_weight(op_name: str, name: str, x: Tensor, weight: Tensor) -> None:
@@ -185,7 +185,12 @@ def _linear_act_formula(
     grads: Sequence[Any], args: Sequence[Any], extras: Sequence[Tensor], mask: list[bool]
 ) -> Sequence[Tensor | None]:
     x, weight, bias, activation, params, save = args
-    saved = extras[0] if save or activation in FROM_OUTPUT else F.linear(x, weight, bias)
+    if activation in FROM_NOTHING:
+        saved = grads[0]
+    elif save or activation in FROM_OUTPUT:
+        saved = extras[0]
+    else:
+        saved = F.linear(x, weight, bias)
     return *linear_act_backward(grads[0], x, weight, saved, activation, params, mask[:3]), None, None, None
 
 
@@ -208,9 +213,16 @@ def _maxout_linear_formula(
     return *maxout_linear_backward(grads[0], x, weight, extras[0], num_pieces, mask[:3]), None
 
 
+def _linear_act_saves(args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[Tensor]]:
+    activation = args[3]
+    if activation in FROM_NOTHING:
+        return args, ()
+    return args, outputs[:1] if activation in FROM_OUTPUT else outputs[1:]
+
+
 linear_act.register_autograd(
     _linear_act_formula,
-    saves=lambda args, outputs: (args, (outputs[0] if args[3] in FROM_OUTPUT else outputs[1],)),
+    saves=_linear_act_saves,
     non_differentiable=("pre",),
 )
 gated_linear.register_autograd(
