@@ -178,7 +178,7 @@ class _Checked:
 
     def _addresses(self, access: str, pointers: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The addresses behind guarded pointers, of which those that the mask lets through have been checked."""
-        live = pointers[mask]
+        live = pointers[np.asarray(mask)]  # Triton 3.6 passes a descriptor's mask as its buffer
         for number in np.unique(live >> TAG).tolist():
             of_argument = live[live >> TAG == number]
             if not 1 <= number <= len(self._arguments):
