@@ -34,6 +34,10 @@ CXX_FLAGS = shlex.split(
 )
 # Run on this machine alone; fused multiply-add as on the device, frames and lines for the reports and the debugger.
 SIMT_FLAGS = shlex.split("-O2 -g -march=native -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DDLOPS_SIMT")
+# Accesses are reported to csrc/simt/hooks.cpp; a loop past an array's end keeps the trip count it was written with.
+SIMT_KERNEL_FLAGS = shlex.split(
+    "-fsanitize=thread,bounds,alignment -fno-aggressive-loop-optimizations -Wno-unknown-pragmas -xc++"
+)
 NVCC_FLAGS = shlex.split("-O3 -std=c++20 --threads=0 -Xcompiler=-fPIC,-fvisibility=hidden")
 PATH_FLAGS = [f"-I{CSRC}", f"-ffile-prefix-map={ROOT}=."]  # no path of the build machine in the binary
 ISA_FLAGS = {
@@ -307,10 +311,10 @@ class BuildExt(build_ext):
             return str(missing)
         base = [*compiler, *SIMT_FLAGS, *PATH_FLAGS]
         objects = ninja.compile("simt_runtime", base, _sources("simt/*.cpp"))
-        objects += ninja.compile("simt_kernels", [*base, "-Wno-unknown-pragmas", "-xc++"], _sources("cuda/*.cu"))
+        objects += ninja.compile("simt_kernels", [*base, *SIMT_KERNEL_FLAGS], _sources("cuda/*.cu"))
         bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "simt_", "check"))]
         bind = [source for source in bind if source.name != "cuda_module.cpp"]
-        objects += ninja.compile("simt_bind", [*base, *torch.compile, '-DDLOPS_SIMT_CHECKS="none"'], bind)
+        objects += ninja.compile("simt_bind", [*base, *torch.compile, '-DDLOPS_SIMT_CHECKS="races"'], bind)
         target = ninja.folder / Path(self.get_ext_filename("dlops._simt")).name
         ninja.link("simt_link", [*compiler, "-shared", "-pthread"], objects, [*torch.link, "-ldl"], target)
         return None

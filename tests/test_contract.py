@@ -4,6 +4,7 @@ An op added later is found in the registry, and its samples in tests/test_*.py.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def served(op: Op, name: str, make: Make) -> list[tuple[Any, ...]]:
     """The samples that ``name`` serves; skips where the backend is not available, fails where a kernel refuses one."""
     if (reason := backend.missing(name)) is not None:
         pytest.skip(reason)
-    if name == "cpu":
+    if name == "cpu" or (name == "cuda" and backend.cuda_emulated()):
         make = dataclasses.replace(make, device="cpu")  # whatever device the others are tested on
     found = []
     for args in make.samples(op):
@@ -82,6 +83,25 @@ def test_deterministic_and_functional(op: Op, name: str, device: str) -> None:
     for args in served(op, name, Make(torch.float32, device))[::2]:
         testing.check_deterministic(op, args, name)
         testing.check_untouched(op, args, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if "cuda" in op.implementations], ids=lambda op: op.name)
+def test_emulated_kernels_depend_on_no_order_and_no_unwritten_shared_memory(op: Op, dtype: torch.dtype) -> None:
+    if not backend.cuda_emulated():
+        pytest.skip("dlops._simt is not built, or there is a GPU")
+    simt = importlib.import_module("dlops._simt")
+    before = simt.configure()
+    try:
+        for args in served(op, "cuda", Make(dtype)):
+            results = []
+            for seed, poison in ((1, 0xFF), (2, 0x3C)):
+                simt.configure(seed=seed, poison=poison)
+                with dlops.use_backend("cuda"):
+                    results.append(testing.as_tuple(op(*args)))
+            torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
+    finally:
+        simt.configure(**before)
 
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)

@@ -32,6 +32,7 @@ T apply(Atomic operation, T old, T value) {
 
 template <class T>
 T atomic(Atomic operation, T* p, T value) {
+  this_worker->access(p, sizeof(T), Access::kAtomic, __builtin_return_address(0));
   std::atomic_ref<T> target(*p);
   T old = target.load();
   while (!target.compare_exchange_weak(old, apply(operation, old, value))) {
@@ -41,11 +42,12 @@ T atomic(Atomic operation, T* p, T value) {
 
 template <class T>
 T atomic_compare_exchange(T* p, T expected, T value) {
+  this_worker->access(p, sizeof(T), Access::kAtomic, __builtin_return_address(0));
   std::atomic_ref<T>(*p).compare_exchange_strong(expected, value);
   return expected;
 }
 
-void fence(bool) { std::atomic_thread_fence(std::memory_order_seq_cst); }
+void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 template int atomic(Atomic, int*, int);
 template unsigned atomic(Atomic, unsigned*, unsigned);

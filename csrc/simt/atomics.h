@@ -16,7 +16,14 @@ T atomic(Atomic operation, T* p, T value);
 template <class T>
 T atomic_compare_exchange(T* p, T expected, T value);
 
-void fence(bool beyond_block);
+// *p = update(*p) for a word of two elements.
+template <class Update>
+void atomic_update(uint32_t* p, Update update) {
+  uint32_t old = atomic_compare_exchange(p, 0u, 0u);  // reads it
+  for (uint32_t seen; (seen = atomic_compare_exchange(p, old, update(old))) != old;) old = seen;
+}
+
+void fence();
 
 }  // namespace dlops::simt
 
@@ -46,5 +53,5 @@ DLOPS_SIMT_ATOMIC(atomicDec, kDecrement, unsigned)
 inline int atomicSub(int* p, int value) { return atomicAdd(p, -value); }
 inline unsigned atomicSub(unsigned* p, unsigned value) { return atomicAdd(p, -value); }
 
-inline void __threadfence_block() { dlops::simt::fence(false); }
-inline void __threadfence() { dlops::simt::fence(true); }
+inline void __threadfence_block() { dlops::simt::fence(); }
+inline void __threadfence() { dlops::simt::fence(); }

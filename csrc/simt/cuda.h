@@ -8,6 +8,7 @@
 #include "simt/atomics.h"
 #include "simt/device.h"
 #include "simt/math.h"
+#include "simt/matrix.h"
 #include "simt/runtime.h"
 #include "simt/types.h"
 #include "simt/warp.h"

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "simt/device.h"
+#include "simt/race.h"
 #include "simt/worker.h"
 
 namespace dlops::simt {
@@ -63,6 +64,11 @@ void Grid::found(std::string finding, bool fatal) {
   if (fatal || findings_.size() == kEnough) stop_ = true;
 }
 
+bool Grid::first_time(const void* code, const void* other) {
+  const std::lock_guard lock(mutex_);
+  return races_.insert(std::minmax(code, other)).second;
+}
+
 std::string Grid::findings() const {
   std::string all;
   for (const std::string& finding : findings_) all += (all.empty() ? "" : "\n") + finding;
@@ -71,7 +77,10 @@ std::string Grid::findings() const {
 
 void run(const Launch& launch) {
   if (!device_accepts(launch)) return;
+  static std::mutex stream;
+  const std::lock_guard lock(stream);
   Grid grid(launch, config());
+  begin_launch(grid);
   int threads = grid.config.threads;
   if (threads == 0) {
     cpu_set_t cpus;

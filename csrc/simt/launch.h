@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "simt/runtime.h"
@@ -33,14 +35,22 @@ class Grid {
   uint3 index(uint64_t block) const;
 
   void found(std::string finding, bool fatal);  // a fatal one ends the launch
-  std::string findings() const;                 // a line each
+  // A race between two lines of code, told once.
+  template <class Tell>
+  void found_race(const void* code, const void* other, Tell tell) {
+    if (first_time(code, other)) found(tell(), false);
+  }
+  std::string findings() const;  // a line each
 
  private:
+  bool first_time(const void* code, const void* other);
+
   std::atomic<uint64_t> next_{0};
   std::atomic<bool> stop_{false};
   uint64_t start_, step_;  // blocks run in the order (start + i * step) % blocks
   std::mutex mutex_;
   std::vector<std::string> findings_;
+  std::set<std::pair<const void*, const void*>> races_;
 };
 
 }  // namespace dlops::simt

@@ -35,10 +35,11 @@ std::vector<std::string> addr2line(const void* code) {
   return lines;
 }
 
-// Without "./" and what addr2line adds in parentheses.
-std::string tidy(std::string line) {
-  if (line.starts_with("./")) line.erase(0, 2);
-  return line.substr(0, line.find(" ("));
+// The build maps the root to ".".
+std::string tidy(std::string path) {
+  if (const size_t root = path.rfind("/./"); root != path.npos) path.erase(0, root + 1);
+  if (path.starts_with("./")) path.erase(0, 2);
+  return path;
 }
 
 // "dlops::(anonymous namespace)::forward_kernel<float, 4, 1>(dlops::Params)" without namespaces and parameters.
@@ -82,10 +83,12 @@ std::string kernel_name(const Launch& launch) {
 
 std::string source_line(const void* code) {
   const auto lines = addr2line(static_cast<const char*>(code) - 1);  // the call, not what it returns to
-  if (lines.size() < 2) return "an unknown line";
-  std::string all = tidy(lines[1]);
-  for (size_t i = 3; i < lines.size(); i += 2) all += ", inlined at " + tidy(lines[i]);
-  return all;
+  std::string all;
+  for (size_t i = 1; i < lines.size(); i += 2) {
+    const std::string line = tidy(lines[i].substr(0, lines[i].find(" (discriminator")));
+    if (!line.starts_with("csrc/simt/")) all += (all.empty() ? "" : ", inlined at ") + line;
+  }
+  return all.empty() ? "an unknown line" : all;
 }
 
 }  // namespace dlops::simt

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -57,6 +58,30 @@ char* SharedMemory::place(const SharedArray* array, size_t size) {
   std::memset(begin, poison_, size);
   arrays_.push_back({array, begin, size});
   return begin;
+}
+
+std::string SharedMemory::name(const void* p) const {
+  for (const Placed& placed : arrays_)
+    if (const size_t byte = static_cast<const char*>(p) - placed.begin; byte < placed.size)
+      return text(placed.name(), ", byte ", byte);
+  return "shared memory";
+}
+
+std::string SharedMemory::outside(const void* p, size_t size) const {
+  const char *begin = static_cast<const char*>(p), *end = begin + size;
+  const Placed* nearest = nullptr;
+  ptrdiff_t distance = 0;
+  for (const Placed& placed : arrays_) {
+    if (begin >= placed.begin && end <= placed.begin + placed.size) return {};
+    const ptrdiff_t away = std::max(placed.begin - begin, end - (placed.begin + placed.size));
+    if (!nearest || away < distance) {
+      nearest = &placed;
+      distance = away;
+    }
+  }
+  return text(begin < nearest->begin ? nearest->begin - begin : end - (nearest->begin + nearest->size),
+              begin < nearest->begin ? " bytes before " : " bytes past the end of ", nearest->name(), " (",
+              nearest->size, " bytes)");
 }
 
 }  // namespace dlops::simt

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "simt/runtime.h"
@@ -23,17 +24,24 @@ class SharedMemory {
   void* array(const SharedArray& array);
   void* dynamic() const { return arrays_[0].begin; }
 
+  size_t offset(const void* p) const { return static_cast<const char*>(p) - base_ - kArena; }  // into the arena
+  std::string name(const void* p) const;  // "shared array sums, byte 12"
+  // What is wrong with an access: "past the end of shared array sums by 4 bytes", or empty.
+  std::string outside(const void* p, size_t size) const;
+
+  static constexpr size_t kArena = 256 << 10;
+
   // The arena, and as much again on either side of it that nothing may touch.
   bool contains(const void* p) const { return size_t(static_cast<const char*>(p) - base_) < 3 * kArena; }
 
  private:
-  static constexpr size_t kArena = 256 << 10;
   static constexpr size_t kRedZone = 1 << 10;
 
   struct Placed {
     const SharedArray* array;
     char* begin;
     size_t size;
+    std::string name() const { return array ? std::string("shared array ") + array->name : "dynamic shared memory"; }
   };
   char* place(const SharedArray* array, size_t size);
 

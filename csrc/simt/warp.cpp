@@ -25,8 +25,8 @@ struct Shuffle {
 void combine_shuffle(unsigned mask, void* const* payloads) {
   for_lanes<Shuffle>(mask, payloads, [&](unsigned lane, Shuffle& self) {
     if (!(mask >> self.source & 1))
-      fault(text(self.name, ": lane ", lane, " reads lane ", self.source, ", which the mask ", Hex{mask},
-                 " does not name"));
+      fault(text(self.name, " at ", this_worker->thread().where, ": lane ", lane, " reads lane ", self.source,
+                 ", which the mask ", Hex{mask}, " does not name"));
     self.result = static_cast<Shuffle*>(payloads[self.source])->value;
   });
 }
@@ -83,7 +83,7 @@ void combine_reduce(unsigned mask, void* const* payloads) {
   for_lanes<Reduce>(mask, payloads, [&](unsigned, Reduce& self) { self.result = result; });
 }
 
-void combine_barrier(unsigned, void* const*) {}
+void combine_barrier(unsigned mask, void* const*) { this_worker->warp_ordered(mask); }
 
 }  // namespace
 

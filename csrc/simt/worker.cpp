@@ -6,13 +6,12 @@
 #include <mutex>
 #include <utility>
 
+#include "simt/race.h"
 #include "simt/report.h"
 #include "simt/shared.h"
 
 namespace dlops::simt {
 namespace {
-
-thread_local Worker* current __attribute__((tls_model("initial-exec"))) = nullptr;
 
 uint64_t scramble(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15;
@@ -21,10 +20,18 @@ uint64_t scramble(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
+constexpr const char* kVerbs[] = {"read", "write", "atomic update"};  // by Access
+
 }  // namespace
 
-Worker* this_worker() { return current; }
-void fault(const std::string& what) { current->fault(what); }
+constinit thread_local Worker* this_worker = nullptr;
+
+void fault(const std::string& what) { this_worker->fault(what); }
+
+uint3 thread_index(const Launch& launch, unsigned id) {
+  const dim3 size = launch.block;
+  return {id % size.x, id / size.x % size.y, id / size.x / size.y};
+}
 
 // ---- what a worker needs whichever block it runs, handed on to later workers
 // -----------------------------------------
@@ -32,6 +39,7 @@ void fault(const std::string& what) { current->fault(what); }
 struct Worker::Memory {
   Stacks stacks;
   SharedMemory shared;
+  RaceDetector races;
 
   static std::unique_ptr<Memory> take() {
     const std::lock_guard lock(mutex);
@@ -53,11 +61,11 @@ Worker::Worker(Grid& grid) : grid_(grid), memory_(Memory::take()), main_(this_st
   const dim3 block = grid.launch.block;
   threads_.resize(size_t(block.x) * block.y * block.z);
   warps_.resize((threads_.size() + kWarpSize - 1) / kWarpSize);
-  current = this;
+  this_worker = this;
 }
 
 Worker::~Worker() {
-  current = nullptr;
+  this_worker = nullptr;
   Memory::put_back(std::move(memory_));
 }
 
@@ -70,20 +78,21 @@ void Worker::run_block(uint64_t block) {
   block_index_ = grid_.index(block);
   random_ = scramble(scramble(grid_.config.seed) ^ block);
   memory_->shared.begin(grid_.launch.shared_bytes, grid_.config.poison);
+  memory_->races.begin_block(grid_, block);
   start_threads();
   thread_ = next();
   switch_fiber(main_, thread_->fiber);
   if (fault_.empty() && returned_ < threads_.size()) fault_ = diagnose();
-  if (!fault_.empty()) grid_.found(std::exchange(fault_, {}), true);
+  if (fault_.empty())
+    memory_->races.end_block();
+  else
+    grid_.found(std::exchange(fault_, {}), true);
 }
 
 void Worker::start_threads() {
-  const dim3 size = grid_.launch.block;
   for (unsigned id = 0; id < threads_.size(); ++id) {
     Thread& thread = threads_[id];
-    thread = {.fiber = memory_->stacks.fiber(id, thread_entry),
-              .index = {id % size.x, id / size.x % size.y, id / size.x / size.y},
-              .id = id};
+    thread = {.fiber = memory_->stacks.fiber(id, thread_entry), .index = thread_index(grid_.launch, id), .id = id};
   }
   for (size_t w = 0; w < warps_.size(); ++w) {
     const size_t lanes = std::min<size_t>(kWarpSize, threads_.size() - w * kWarpSize);
@@ -97,7 +106,7 @@ void Worker::start_threads() {
 
 void Worker::thread_entry() {
   fiber_started();
-  Worker& worker = *current;
+  Worker& worker = *this_worker;
   worker.grid_.launch.call(worker.grid_.launch.arguments);
   Thread& self = *worker.thread_;
   self.returned = true;
@@ -173,6 +182,7 @@ int Worker::block_barrier(const char* name, Vote vote, int predicate, const Wher
       thread.waits_in = nullptr;
     }
     for (unsigned w = 0; w < warps_.size(); ++w) wake(w, warps_[w].exists);
+    memory_->races.block_barrier();
     at_barrier_ = 0;
   }
   wait();
@@ -208,6 +218,31 @@ void Worker::warp_collective(const char* name, unsigned mask, Combine combine, v
   wait();
 }
 
+void Worker::warp_ordered(unsigned lanes) { memory_->races.warp_barrier(thread_->id / kWarpSize, lanes); }
+
+// ---- memory
+// -------------------------------------------------------------------------------------------------------------
+
+void Worker::access(const void* p, size_t size, Access access, const void* code) {
+  if (memory_->stacks.contains(p)) return;  // a thread's own variables
+  access_by(thread_->id % kWarpSize, p, size, access, code);
+}
+
+void Worker::access_by(unsigned lane, const void* p, size_t size, Access access, const void* code) {
+  const unsigned thread = thread_->id / kWarpSize * kWarpSize + lane;
+  const SharedMemory& shared = memory_->shared;
+  if (!shared.contains(p)) {
+    if (grid_.config.detect_races) memory_->races.global_access(p, size, access, thread, code);
+    return;
+  }
+  if (const std::string wrong = shared.outside(p, size); !wrong.empty()) [[unlikely]]
+    fault(text(kVerbs[int(access)], " of ", size, " bytes ", wrong, ", by ", source_line(code)));
+  if (grid_.config.detect_races) memory_->races.shared_access(shared, p, size, access, thread, code);
+}
+
+// ---- diagnosis
+// -----------------------------------------------------------------------------------------------------------
+
 // Why no thread can go on although some have not returned.
 std::string Worker::diagnose() const {
   const auto state = [](const Thread& thread) {
@@ -235,18 +270,18 @@ std::string Worker::diagnose() const {
 // ---- what kernels call
 // --------------------------------------------------------------------------------------------------
 
-uint3 thread_idx() { return current->thread().index; }
-uint3 block_idx() { return current->block_index(); }
-dim3 block_dim() { return current->launch().block; }
-dim3 grid_dim() { return current->launch().grid; }
-unsigned lane() { return current->thread().id % kWarpSize; }
-void* shared_array(const SharedArray& array) { return current->shared().array(array); }
-void* dynamic_shared() { return current->shared().dynamic(); }
+uint3 thread_idx() { return this_worker->thread().index; }
+uint3 block_idx() { return this_worker->block_index(); }
+dim3 block_dim() { return this_worker->launch().block; }
+dim3 grid_dim() { return this_worker->launch().grid; }
+unsigned lane() { return this_worker->thread().id % kWarpSize; }
+void* shared_array(const SharedArray& array) { return this_worker->shared().array(array); }
+void* dynamic_shared() { return this_worker->shared().dynamic(); }
 int block_barrier(const char* name, Vote vote, int predicate, const Where& where) {
-  return current->block_barrier(name, vote, predicate, where);
+  return this_worker->block_barrier(name, vote, predicate, where);
 }
 void warp_collective(const char* name, unsigned mask, Combine combine, void* payload, const Where& where) {
-  current->warp_collective(name, mask, combine, payload, where);
+  this_worker->warp_collective(name, mask, combine, payload, where);
 }
 
 }  // namespace dlops::simt

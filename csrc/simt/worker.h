@@ -13,12 +13,27 @@
 #include "simt/fiber.h"
 #include "simt/launch.h"
 #include "simt/runtime.h"
+#include "simt/shadow.h"
 
 namespace dlops::simt {
 
 constexpr unsigned kWarpSize = 32, kMaxThreads = 1024;
 
 class SharedMemory;
+
+// What copy_async has begun and nobody has waited for.
+struct Copy {
+  void* shared;
+  const void* global;
+  size_t bytes, valid;
+  unsigned group;
+  const void* code;
+};
+
+struct Copies {
+  std::vector<Copy> pending;
+  unsigned groups = 0;  // committed
+};
 
 struct Thread {
   Fiber fiber;
@@ -29,6 +44,7 @@ struct Thread {
   Where where{};
   void* payload = nullptr;  // to the collective
   int vote = 0;             // to the barrier, and its result
+  Copies copies{};
 };
 
 // The lanes that have arrived in one collective.
@@ -49,13 +65,17 @@ class Worker {
 
   void run_block(uint64_t block);  // what goes wrong is for the grid's findings
 
-  const Thread& thread() const { return *thread_; }
+  Thread& thread() { return *thread_; }
   uint3 block_index() const { return block_index_; }
   const Launch& launch() const { return grid_.launch; }
   SharedMemory& shared();
 
   int block_barrier(const char* name, Vote vote, int predicate, const Where& where);
   void warp_collective(const char* name, unsigned mask, Combine combine, void* payload, const Where& where);
+  // The running thread is about to touch memory.
+  void access(const void* p, size_t size, Access access, const void* code);
+  void access_by(unsigned lane, const void* p, size_t size, Access access, const void* code);  // of the same warp
+  void warp_ordered(unsigned lanes);                                                           // a barrier among them
   [[noreturn]] void fault(std::string what);  // gives the running block up
 
  private:
@@ -85,7 +105,8 @@ class Worker {
   std::string fault_;
 };
 
-Worker* this_worker();  // null outside a kernel
+extern constinit thread_local Worker* this_worker __attribute__((tls_model("initial-exec")));  // null outside a kernel
+uint3 thread_index(const Launch& launch, unsigned id);
 [[noreturn]] void fault(const std::string& what);
 
 }  // namespace dlops::simt

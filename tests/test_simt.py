@@ -1,0 +1,259 @@
+"""The host SIMT runtime: what it finds in kernels that are wrong, and that it finds nothing in those that are right."""
+
+import ctypes
+import fcntl
+import importlib.util
+import itertools
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FAULTS = ROOT / "tests" / "simt" / "faults.cu"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("c++") is None or platform.machine() not in ("x86_64", "aarch64"),
+    reason="needs a C++ compiler, and x86-64 or ARM64",
+)
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    """The test kernels and the runtime, compiled as dlops._simt is."""
+    spec = importlib.util.spec_from_file_location("dlops_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    setup: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    ninja = setup.Ninja(ROOT / "build" / "simt-tests")
+    ninja.folder.mkdir(parents=True, exist_ok=True)
+    target = ninja.folder / "kernels.so"
+    base = [*setup.find_cxx(), *setup.SIMT_FLAGS, *setup.PATH_FLAGS]
+    objects = ninja.compile("runtime", base, sorted((ROOT / "csrc" / "simt").glob("*.cpp")))
+    objects += ninja.compile("kernels", [*base, *setup.SIMT_KERNEL_FLAGS], [FAULTS, FAULTS.with_name("features.cu")])
+    ninja.link("link", [*setup.find_cxx(), "-shared", "-pthread"], objects, ["-ldl"], target)
+    with open(ninja.folder / "lock", "w") as lock:  # test workers share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ninja.run()
+        found = ctypes.CDLL(str(target))
+    found.run.restype = ctypes.c_char_p
+    return found
+
+
+@pytest.fixture
+def configure(library: ctypes.CDLL) -> Iterator[Any]:
+    def change(seed: int = 0, poison: int = 255, detect_races: bool = True, threads: int = 2) -> None:
+        library.configure(ctypes.c_ulonglong(seed), poison, detect_races, threads)
+
+    change()
+    yield change
+    change()
+
+
+def run(
+    library: ctypes.CDLL, name: str, *, grid: int = 1, block: int = 64, shared_bytes: int = 0, n: int = 0
+) -> tuple[str, torch.Tensor]:
+    """What the runtime says about a kernel, and what the kernel wrote."""
+    out = torch.full((256,), -1, dtype=torch.int32)
+    said = library.run(name.encode(), grid, block, shared_bytes, ctypes.c_void_p(out.data_ptr()), n)
+    return (said or b"").decode(), out
+
+
+def line(text: str, after: str) -> str:
+    """The place of the first line with ``text`` in kernel ``after``, as messages give it."""
+    lines = FAULTS.read_text().splitlines()
+    start = next(i for i, found in enumerate(lines) if f"void {after}(" in found)
+    return f"tests/simt/faults.cu:{next(i for i, found in enumerate(lines[start:], start + 1) if text in found)}"
+
+
+THREAD = r"thread \(\d+, 0, 0\) of block \(\d, 0, 0\)"
+ANY_LINE = r"tests/simt/faults\.cu:\d+"
+
+# kernel, launch, what is raced on, what the two threads do there and on which line
+RACES = [
+    ("race", {}, "shared array total, byte 0", ("writes", "total[0] ="), ("wrote", "total[0] =")),
+    ("missing_barrier", {}, "shared array values, byte", None, None),
+    ("missing_second_barrier", {}, "shared array values, byte", None, None),
+    ("missing_warp_barrier", {"block": 32}, "shared array values, byte", None, None),
+    ("half_warp_barrier", {"block": 32}, "shared array values, byte", None, None),
+    ("blocks_race", {"grid": 3}, "global memory at 0x", ("writes", "out[thr"), ("wrote", "out[thr")),
+    ("blocks_read_race", {"grid": 4, "block": 1}, "global memory at 0x", None, None),
+    ("plain_and_atomic", {}, "global memory at 0x", None, None),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "launch", "where", "one", "other"), RACES, ids=[race[0] for race in RACES])
+def test_a_race_is_found_whatever_the_order(
+    library: ctypes.CDLL, configure: Any, seed: int, name: str, launch: Any, where: str, one: Any, other: Any
+) -> None:
+    configure(seed=seed)
+    said, _ = run(library, name, **launch)
+    places = [
+        (r"\w+ it( atomically)?", ANY_LINE) if x is None else (f"{x[0]} it", line(x[1], name)) for x in (one, other)
+    ]
+    (does, at), (did, before) = places
+    pattern = (
+        f"kernel {name}: race on {where}.*: {THREAD} {does} at {at}, {THREAD} {did} at {before}, and nothing orders"
+    )
+    assert re.search(pattern, said), said
+    lines = said.splitlines()
+    assert len(lines) == len({re.sub(r"\(.*?\)|byte \d+|0x\w+", "", found) for found in lines}), (
+        "each pair of lines once"
+    )
+    configure(detect_races=False, seed=seed)
+    assert run(library, name, **launch)[0] == ""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_ordered_is_no_race(library: ctypes.CDLL, configure: Any, seed: int) -> None:
+    configure(seed=seed)
+    said, out = run(library, "with_barrier")
+    assert said == "" and out[:64].tolist() == [*range(1, 64), 0]
+    said, out = run(library, "with_warp_barriers", block=32)
+    assert said == "" and out[:32].tolist() == [i ^ 17 for i in range(32)]
+    said, out = run(library, "half_warp_shuffle", block=32)
+    assert said == "" and out[:32].tolist() == [i ^ 8 if i < 16 else i for i in range(32)]
+    said, out = run(library, "atomics", grid=5)
+    assert said == "" and out[0] == 5 * 64 - 1
+    said, out = run(library, "bytes")
+    assert said == "" and out.view(torch.uint8)[:64].tolist() == [i ^ 1 for i in range(64)]
+
+
+FAULTY = [
+    (
+        "past_end",
+        {},
+        r"thread \(63, 0, 0\): write of 4 bytes 4 bytes past the end of shared array values "
+        r"\(256 bytes\), by {p[threadIdx.x + 1] =}$",
+    ),
+    (
+        "before_begin",
+        {"n": 64},
+        r"thread \(\d+, 0, 0\): read of 4 bytes \d+ bytes before shared array values \(256 bytes\), by {out[}",
+    ),
+    (
+        "past_dynamic",
+        {"shared_bytes": 40, "n": 10},
+        r"thread \(0, 0, 0\): write of 4 bytes 4 bytes past the end of dynamic shared memory \(40 bytes\), by {if}",
+    ),
+    (
+        "past_dynamic",
+        {"shared_bytes": 0, "n": -1},
+        r"thread \(0, 0, 0\): write of 4 bytes 4 bytes before dynamic shared memory \(0 bytes\), by {if}",
+    ),
+    ("outside_row", {"n": 64}, r"index 64 is outside an array of type 'int \[64\]', at {values[thr}"),
+    ("outside_registers", {"n": 1}, r"index 4 is outside an array of type 'int \[4\]', at {values[n}"),
+    (
+        "misaligned",
+        {"n": 3},
+        r"misaligned access: 0x\w+ is no address of type '(struct )?int4', which is aligned to 16 "
+        "bytes, at {reinterpret}",
+    ),
+    (
+        "divergent_shuffle",
+        {"block": 32},
+        r"thread \(\d+, 0, 0\): divergent __shfl_xor_sync at {__shfl}: the mask 0xffffffff names lane 16, but thread "
+        r"\(16, 0, 0\) has returned",
+    ),
+    (
+        "divergent_shuffle",
+        {"block": 16},
+        r"divergent __shfl_xor_sync at {__shfl}: the mask 0xffffffff names lane 16, which the block does not have",
+    ),
+    (
+        "shuffle_against_barrier",
+        {},
+        r"divergent __shfl_xor_sync at {__shfl}: the mask 0xffffffff names lane 16, but thread \(\d+, 0, 0\) waits in "
+        r"__syncthreads at {__syncthreads}",
+    ),
+    (
+        "shuffle_outside_mask",
+        {"block": 32},
+        r"__shfl_xor_sync at {__shfl}: lane \d+ reads lane \d+, which the mask 0x0000ffff does not name",
+    ),
+    (
+        "caller_outside_mask",
+        {"block": 32},
+        r"thread \(\d+, 0, 0\): __ballot_sync at {__ballot}: the mask 0x0000ffff does not name the calling lane \d+",
+    ),
+    (
+        "divergent_barrier",
+        {},
+        rf"thread \(\d+, 0, 0\): divergent barrier: __syncthreads at {ANY_LINE} while thread \(\d+, 0, 0\) waits in "
+        rf"__syncthreads at {ANY_LINE}",
+    ),
+    (
+        "unreached_barrier",
+        {},
+        r"thread \(\d+, 0, 0\): __syncthreads at {__sync} is never reached by thread \(40, 0, 0\), which has returned",
+    ),
+    (
+        "too_much_shared",
+        {},
+        r"shared array values: the block's shared memory grows to 120000 bytes, and a block has 101376",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "launch", "pattern"), FAULTY, ids=[f"{fault[0]}-{i}" for i, fault in enumerate(FAULTY)]
+)
+def test_a_fault_names_kernel_block_thread_and_line(
+    library: ctypes.CDLL, configure: Any, name: str, launch: Any, pattern: str
+) -> None:
+    pattern = re.sub(r"{(.*?)}", lambda text: re.escape(line(text[1], name)), pattern)
+    for seed in range(3):
+        configure(seed=seed)
+        said, _ = run(library, name, grid=1, **launch)
+        assert re.search(f"^kernel {name}, block \\(0, 0, 0\\), .*{pattern}", said), said
+        assert run(library, "with_barrier")[0] == "", "the next launch is not harmed"
+
+
+def test_an_unwritten_read_shows_in_one_of_two_poisons(library: ctypes.CDLL, configure: Any) -> None:
+    results = []
+    for poison in (0xFF, 0x3C):
+        configure(poison=poison)
+        said, out = run(library, "unwritten")
+        assert said == ""
+        results.append(out)
+    assert (results[0] != results[1]).nonzero().flatten().tolist() == [63]
+
+
+def test_a_launch_that_cuda_refuses(library: ctypes.CDLL, configure: Any) -> None:
+    assert run(library, "atomics", block=1025)[0] == "invalid configuration argument"
+    assert run(library, "atomics", grid=0)[0] == "invalid configuration argument"
+    assert run(library, "atomics", shared_bytes=49153)[0] == "invalid argument"
+    assert run(library, "atomics", shared_bytes=49152)[0] == ""
+
+
+class Params(ctypes.Structure):
+    names = ("a", "b", "k", "c", "counts", "sum", "pair", "sum64")
+    _fields_ = tuple((name, ctypes.c_int if name == "k" else ctypes.c_void_p) for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_right_kernel_that_uses_everything(library: ctypes.CDLL, configure: Any, dtype: torch.dtype) -> None:
+    blocks, k = 5, 3
+    a, b = torch.randn(16, 16 * k).to(dtype), torch.randn(16 * k, 8).to(dtype)
+    first = None
+    for seed, poison, threads in itertools.product(range(2), (0xFF, 0x3C), (1, 2)):
+        configure(seed=seed, poison=poison, threads=threads)
+        c, counts, total = torch.full((blocks, 16, 8), torch.nan), torch.zeros(6, dtype=torch.int32), torch.zeros(1)
+        pair, total64 = torch.zeros(2, dtype=dtype), torch.zeros(1, dtype=torch.float64)
+        pointers = [x.data_ptr() for x in (a, b, c, counts, total, pair, total64)]
+        library.features(int(dtype == torch.float16), blocks, Params(*pointers[:2], k, *pointers[2:]))
+        torch.testing.assert_close(c, (a.double() @ b.double()).float().expand_as(c), rtol=1e-5, atol=1e-5)
+        assert counts.tolist() == [48, 1, 1, 5096, blocks * 96, 95]
+        assert total.item() == blocks * sum(range(96)) and total64.item() == pytest.approx(blocks * sum(range(96)) / 3)
+        expected = torch.tensor(0.0, dtype=dtype)
+        for _ in range(blocks * 96):  # a 16-bit sum of ones stops growing where one is half a step
+            expected = expected + 1
+        assert pair.tolist() == [expected.item(), -expected.item()]
+        first = c if first is None else first
+        assert torch.equal(c, first)
