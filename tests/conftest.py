@@ -1,4 +1,4 @@
-"""Fixtures only. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
+"""Fixtures and options. Without a GPU Triton's kernels run in its interpreter, which must be chosen before import."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -41,6 +41,37 @@ def guarded() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--numerics", type=Path, help="write the measured error ratios to this markdown file")
+    parser.addoption("--resume", type=Path, help="note in this file which tests passed, and skip those it names")
+
+
+class Passed:
+    """Notes the tests that passed, until all have."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            with self.file.open("a") as notes:
+                notes.write(f"{report.nodeid}\n")
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK:
+            self.file.unlink(missing_ok=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (file := config.getoption("--resume")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Passed(file))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    file = config.getoption("--resume")
+    if file and file.exists():
+        passed = set(file.read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]
 
 
 @pytest.fixture
