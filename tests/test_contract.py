@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import dlops
 from dlops import backend, testing
@@ -72,7 +73,7 @@ def test_layouts(op: Op, name: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_offsets_past_2_to_the_31(op: Op, name: str, dtype: torch.dtype, device: str) -> None:
-    found = [a for a in served(op, name, Make(dtype, device)) if a[0].dim() == 2 and a[0].shape[0] > 1 < a[0].shape[1]]
+    found = [a for a in served(op, name, Make(dtype, device)) if a[0].dim() >= 2 and min(a[0].shape) > 1]
     if not found:
         pytest.skip(f"{name} serves none of the samples on {device}")
     testing.check_distant(op, found[0], name)
@@ -121,7 +122,7 @@ def test_compiled(op: Op, name: str, device: str) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_one_dynamic_graph_serves_five_lengths(op: Op) -> None:
-    args = next(args for args in Make(torch.float32).samples(op) if args[0].dim() == 2 and args[0].numel() > 1)
+    args = next(args for args in Make(torch.float32).samples(op) if args[0].dim() >= 2 and args[0].numel() > 1)
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(op, backend=counter, dynamic=True, fullgraph=True)
@@ -171,7 +172,11 @@ def test_autocast_follows_torch(op: Op, dtype: torch.dtype, device: str) -> None
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_nan_stays_in_its_row(op: Op, name: str, device: str) -> None:
-    found = [a for a in served(op, name, Make(torch.float32, device)) if a[0].dim() == 2 and a[0].numel() > 8]
+    found = [
+        a
+        for a in served(op, name, Make(torch.float32, device))
+        if a[0].dim() >= 2 and a[0].shape[0] > 1 and a[0].numel() > 8
+    ]
     if not found:
         pytest.skip(f"{name} serves none of the samples on {device}")
     args = found[0]
@@ -181,7 +186,7 @@ def test_nan_stays_in_its_row(op: Op, name: str, device: str) -> None:
         with dlops.use_backend(name):
             clean, dirty = testing.as_tuple(op(*args)), testing.as_tuple(op(*poisoned))
         for what, a, b in zip(op.returns, clean, dirty, strict=True):
-            if not what.startswith(("dweight", "dbias")) and a.numel():
+            if not what.startswith(("dweight", "dbias")) and a.numel() and a.shape[0] == args[0].shape[0]:
                 torch.testing.assert_close(b[1:], a[1:], rtol=0, atol=0)
 
 
@@ -222,10 +227,10 @@ def test_the_forced_backend_is_kept_for_backward(op: Op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_thread_count_does_not_change_bits(op: Op) -> None:
-    if backend.missing("cpu"):
-        pytest.skip("dlops._C is not built")
+    if backend.missing("cpu") or "cpu" not in op.implementations:
+        pytest.skip("dlops._C is not built, or has no kernel")
     threads = torch.get_num_threads()
-    args = next(a for a in served(op, "cpu", Make(torch.float32)) if a[0].dim() == 2 and a[0].numel() > 8)
+    args = next(a for a in served(op, "cpu", Make(torch.float32)) if a[0].dim() >= 2 and a[0].numel() > 8)
     if any(part in op.name for part in ("linear",)):
         pytest.skip("torch's own matrix products may split the sum over threads")
     results = []

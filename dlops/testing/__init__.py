@@ -101,6 +101,8 @@ def error_ratio(y: Tensor, yd: Tensor, y64: Tensor) -> tuple[float, float]:
     """
     assert y.dtype == yd.dtype, f"dtype {y.dtype}, the definition's is {yd.dtype}"
     assert y.shape == yd.shape == y64.shape, f"shape {tuple(y.shape)}, the definition's is {tuple(yd.shape)}"
+    if y.is_complex():
+        y, yd, y64 = (torch.view_as_real(t.resolve_conj()) for t in (y, yd, y64))
     info = torch.finfo(y.dtype)
     assert not y[y64.isinf()].isfinite().any(), "finite where the float64 result is infinite"
     counted = yd.isfinite() & (y64.abs() <= info.max) & (y.isfinite() | (y64.abs() < info.max * (1 - 16 * info.eps)))
@@ -159,19 +161,23 @@ def _gradients(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Te
     dys = [
         None
         if i in op.non_differentiable
-        else torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        else torch.randn(o.shape, generator=generator, dtype=_exact(o)).to(o.device, o.dtype)
         for i, o in enumerate(as_tuple(op.definition(*args)))
     ]
     with backend.use_backend(name), poison():
         ours = gradients(op, args, dys)
     with backend.use_backend("torch"):  # the definition of the backward
         theirs = gradients(op, args, dys)
-    exact = gradients(op.definition, _double(args), [dy if dy is None else dy.double() for dy in dys])
+    exact = gradients(op.definition, _double(args), _double(dys))
     yield from zip([f"d{n}" for n in _float_names(op, args)], ours, theirs, exact, strict=True)
 
 
 def _double(args: Sequence[Any]) -> list[Any]:
-    return [a.double() if _floating(a) else a for a in args]
+    return [a.to(_exact(a)) if _floating(a) else a for a in args]
+
+
+def _exact(a: Tensor) -> torch.dtype:
+    return torch.complex128 if a.is_complex() else torch.float64
 
 
 def gradients(function: Callable[..., Any], args: Sequence[Any], dys: Sequence[Tensor | None]) -> list[Tensor]:
@@ -189,7 +195,7 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _float_names(op: Op, args: Sequence[Any]) -> list[str]:
@@ -328,7 +334,7 @@ def check_output_mask(op: Op, args: Sequence[Any], name: str) -> None:
 def check_gradgrad(op: Op, args: Sequence[Any]) -> None:
     """gradcheck and gradgradcheck on float64 arguments."""
     wanted = [i for i, a in enumerate(args) if _floating(a)]
-    leaves = [args[i].detach().double().requires_grad_() for i in wanted]
+    leaves = [a.detach().requires_grad_() for a in _double([args[i] for i in wanted])]
     fixed = op.non_differentiable
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -342,8 +348,8 @@ def check_gradgrad(op: Op, args: Sequence[Any]) -> None:
 
 
 def check_transforms(op: Op, args: Sequence[Any]) -> None:
-    """torch.func's grad, vmap(grad), jacrev and jvp equal the definition's."""
-    wanted = [i for i, a in enumerate(args) if _floating(a)]
+    """torch.func's grad, vmap(grad), jacrev and jvp with respect to real arguments equal the definition's."""
+    wanted = [i for i, a in enumerate(args) if _floating(a) and not a.is_complex()]
     tensors = tuple(args[i].detach() for i in wanted)
 
     def of(function: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu, si
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dlops import backend
+from dlops.functional.scan import selective_scan
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
 from dlops.ops.linear import gated_linear as gated_op
@@ -40,6 +41,7 @@ __all__ = [
     "mish",
     "relu",
     "rms_norm",
+    "selective_scan",
     "sigmoid",
     "silu",
     "softplus",
