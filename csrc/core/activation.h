@@ -1,6 +1,6 @@
 // Activations as functors on F = float or vfloat: value(x), and slope(s), the derivative seen from what backward saves:
-// the output where kFromOutput, else the pre-activation. Kinks and NaN follow torch; where torch's derivatives are NaN at
-// infinity (gelu, gelu_tanh, mish), these are their limits.
+// the output where kFromOutput, else the pre-activation. Kinks and NaN follow torch; where torch's derivatives are NaN
+// at infinity (gelu, gelu_tanh, mish), these are their limits.
 #pragma once
 
 #include <cstring>
