@@ -6,13 +6,13 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) setup.py
-CLANG_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
+CLANG_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/simt/*.cu)
 PYTEST := -m pytest tests
 PIP := -m pip --disable-pip-version-check
 # What pyproject.toml's [build-system] would fetch for an isolated build.
 BUILD_REQUIRES := "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" ninja numpy
 
-.PHONY: bench test lint docs gpu gpu-test gpu-bench gpu-build wheel check-abi test-oldest wheel-smoke clean
+.PHONY: bench test sanitize lint docs gpu gpu-test gpu-bench gpu-build wheel check-abi test-oldest wheel-smoke clean
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/built
@@ -26,6 +26,16 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
 	$(VENV)/bin/pyright --pythonpath $(PY)
+
+# The CUDA kernels on the CPU once more, with AddressSanitizer and UBSan instead of the SIMT runtime's own checks. The
+# preloaded libraries are the sanitizer's and, for its interceptors to find exceptions, the C++ library.
+SANITIZE := $(CURDIR)/build/sanitize
+PRELOAD = $(shell for f in libasan.so libstdc++.so; do $(or $(CXX),g++) -print-file-name=$$f; done)
+sanitize: $(VENV)/built
+	DLOPS_BUILD_CUDA=0 DLOPS_BUILD_SIMT=address $(PY) setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	cd $(SANITIZE)/lib && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 "$(CURDIR)/$(PY)" \
+	  -m pytest "$(CURDIR)/tests/test_contract.py" "$(CURDIR)/tests/test_simt.py" -q -n $(WORKERS) \
+	  -p no:cacheprovider -k "cuda and not compiled or emulated or simt"
 
 # The pages that are generated from measured results.
 docs: $(VENV)/built

@@ -3,7 +3,8 @@ editable install, dlops._simt (CUDA kernels on the host, for tests) with ninja.
 
 Environment: CXX chooses the C++ compiler, MAX_JOBS the number of parallel jobs (default: one per CPU).
 DLOPS_BUILD_CUDA=0 skips dlops._cuda and 1 makes it an error if it cannot be built; CUDA_HOME chooses the toolkit,
-TORCH_CUDA_ARCH_LIST the architectures. DLOPS_BUILD_SIMT=0 or 1 skips or builds dlops._simt wherever that is.
+TORCH_CUDA_ARCH_LIST the architectures. DLOPS_BUILD_SIMT=0 or 1 skips or builds dlops._simt wherever that is, and
+"address" builds it with AddressSanitizer and UBSan in place of its own checks, "debug" without optimisation.
 Rebuilds compile only what changed, headers included.
 """
 
@@ -34,10 +35,10 @@ CXX_FLAGS = shlex.split(
 )
 # Run on this machine alone; fused multiply-add as on the device, frames and lines for the reports and the debugger.
 SIMT_FLAGS = shlex.split("-O2 -g -march=native -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DDLOPS_SIMT")
-# Accesses are reported to csrc/simt/hooks.cpp; a loop past an array's end keeps the trip count it was written with.
-SIMT_KERNEL_FLAGS = shlex.split(
-    "-fsanitize=thread,bounds,alignment -fno-aggressive-loop-optimizations -Wno-unknown-pragmas -xc++"
-)
+# A loop past an array's end keeps the trip count it was written with.
+SIMT_KERNEL_FLAGS = shlex.split("-fno-aggressive-loop-optimizations -Wno-unknown-pragmas -xc++")
+SIMT_CHECK_FLAGS = ["-fsanitize=thread,bounds,alignment"]  # calls csrc/simt/hooks.cpp
+SIMT_ADDRESS_FLAGS = shlex.split("-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer")
 NVCC_FLAGS = shlex.split("-O3 -std=c++20 --threads=0 -Xcompiler=-fPIC,-fvisibility=hidden")
 PATH_FLAGS = [f"-I{CSRC}", f"-ffile-prefix-map={ROOT}=."]  # no path of the build machine in the binary
 ISA_FLAGS = {
@@ -297,7 +298,7 @@ class BuildExt(build_ext):
 
     def plan_simt(self, ninja: Ninja) -> str | None:
         """Adds dlops._simt to the build; returns why it is not built, or None."""
-        forced = _switch("DLOPS_BUILD_SIMT")
+        forced = _switch("DLOPS_BUILD_SIMT", "address", "debug")
         if forced == "0" or (not forced and not self.inplace):
             return "for tests, and not asked for"
         try:
@@ -309,24 +310,28 @@ class BuildExt(build_ext):
                 raise stop(f"DLOPS_BUILD_SIMT=1, but building dlops._simt needs {missing}") from None
             say(f"not building dlops._simt: it needs {missing}")
             return str(missing)
-        base = [*compiler, *SIMT_FLAGS, *PATH_FLAGS]
-        objects = ninja.compile("simt_runtime", base, _sources("simt/*.cpp"))
-        objects += ninja.compile("simt_kernels", [*base, *SIMT_KERNEL_FLAGS], _sources("cuda/*.cu"))
+        base = [*compiler, *SIMT_FLAGS, *PATH_FLAGS, *(["-O0"] if forced == "debug" else [])]
+        sanitizer = SIMT_ADDRESS_FLAGS if forced == "address" else []
+        objects = ninja.compile("simt_runtime", [*base, *sanitizer], _sources("simt/*.cpp"))
+        objects += ninja.compile(
+            "simt_kernels", [*base, *SIMT_KERNEL_FLAGS, *(sanitizer or SIMT_CHECK_FLAGS)], _sources("cuda/*.cu")
+        )
         bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "simt_", "check"))]
         bind = [source for source in bind if source.name != "cuda_module.cpp"]
-        objects += ninja.compile("simt_bind", [*base, *torch.compile, '-DDLOPS_SIMT_CHECKS="races"'], bind)
+        checks = "addresses" if sanitizer else "races"
+        objects += ninja.compile("simt_bind", [*base, *torch.compile, f'-DDLOPS_SIMT_CHECKS="{checks}"'], bind)
         target = ninja.folder / Path(self.get_ext_filename("dlops._simt")).name
-        ninja.link("simt_link", [*compiler, "-shared", "-pthread"], objects, [*torch.link, "-ldl"], target)
+        ninja.link("simt_link", [*compiler, "-shared", "-pthread", *sanitizer], objects, [*torch.link, "-ldl"], target)
         return None
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib, self.get_ext_filename(extension.name))) for extension in self.extensions]
 
 
-def _switch(name: str) -> str:
+def _switch(name: str, *others: str) -> str:
     value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise stop(f"{name}: got {value!r}, accepted are 0 and 1")
+    if value not in ("", "0", "1", *others):
+        raise stop(f"{name}: got {value!r}, accepted are {', '.join(('0', '1', *others))}")
     return value
 
 

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 import torch
 
 import dlops
@@ -280,7 +282,8 @@ def fake_torch(folder: Path, version: str) -> str:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"DLOPS_BUILD_CUDA": "2"}, "DLOPS_BUILD_CUDA: got '2', accepted are 0 and 1"),
+        ({"DLOPS_BUILD_CUDA": "2"}, "DLOPS_BUILD_CUDA: got '2', accepted are 0, 1"),
+        ({"DLOPS_BUILD_CUDA": "0", "DLOPS_BUILD_SIMT": "2"}, "got '2', accepted are 0, 1, address, debug"),
         (
             {"CUDA_HOME": "/nonesuch"},
             "=1, but building dlops._cuda needs a CUDA toolkit (nvcc in CUDA_HOME (/nonesuch/bin))",
@@ -327,6 +330,17 @@ def test_the_toolkit_behind_a_wrapper_is_found(
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match="got 'Hopper', accepted are entries like"):
         found.archs(torch)
+
+
+def test_the_emulation_is_built_in_place_only(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DLOPS_BUILD_SIMT", raising=False)
+    command = setup.BuildExt(setuptools.Distribution({"name": "dlops", "ext_modules": []}))
+    command.inplace = False
+    assert "not asked for" in command.plan_simt(setup.Ninja(ROOT))
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setenv("DLOPS_BUILD_SIMT", "1")
+    with pytest.raises(SystemExit, match="DLOPS_BUILD_SIMT=1, but building dlops._simt needs an x86-64 or ARM64 CPU"):
+        command.plan_simt(setup.Ninja(ROOT))
 
 
 def test_gencode(setup: ModuleType) -> None:

@@ -4,9 +4,12 @@ import ctypes
 import fcntl
 import importlib.util
 import itertools
+import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "simt" / "faults.cu"
+
+ADDRESS = "libasan" in os.environ.get("LD_PRELOAD", "")  # make sanitize
+own_checks = pytest.mark.skipif(ADDRESS, reason="AddressSanitizer takes the place of the runtime's own checks")
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None or platform.machine() not in ("x86_64", "aarch64"),
@@ -30,13 +36,15 @@ def library() -> ctypes.CDLL:
     assert spec is not None and spec.loader is not None
     setup: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
-    ninja = setup.Ninja(ROOT / "build" / "simt-tests")
+    ninja = setup.Ninja(ROOT / "build" / ("simt-tests-address" if ADDRESS else "simt-tests"))
     ninja.folder.mkdir(parents=True, exist_ok=True)
     target = ninja.folder / "kernels.so"
-    base = [*setup.find_cxx(), *setup.SIMT_FLAGS, *setup.PATH_FLAGS]
+    sanitizer = setup.SIMT_ADDRESS_FLAGS if ADDRESS else []
+    base = [*setup.find_cxx(), *setup.SIMT_FLAGS, *setup.PATH_FLAGS, *sanitizer]
+    checks = [*setup.SIMT_KERNEL_FLAGS, *([] if ADDRESS else setup.SIMT_CHECK_FLAGS)]
     objects = ninja.compile("runtime", base, sorted((ROOT / "csrc" / "simt").glob("*.cpp")))
-    objects += ninja.compile("kernels", [*base, *setup.SIMT_KERNEL_FLAGS], [FAULTS, FAULTS.with_name("features.cu")])
-    ninja.link("link", [*setup.find_cxx(), "-shared", "-pthread"], objects, ["-ldl"], target)
+    objects += ninja.compile("kernels", [*base, *checks], [FAULTS, FAULTS.with_name("features.cu")])
+    ninja.link("link", [*setup.find_cxx(), "-shared", "-pthread", *sanitizer], objects, ["-ldl"], target)
     with open(ninja.folder / "lock", "w") as lock:  # test workers share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         ninja.run()
@@ -87,6 +95,7 @@ RACES = [
 ]
 
 
+@own_checks
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("name", "launch", "where", "one", "other"), RACES, ids=[race[0] for race in RACES])
 def test_a_race_is_found_whatever_the_order(
@@ -201,6 +210,7 @@ FAULTY = [
 ]
 
 
+@own_checks
 @pytest.mark.parametrize(
     ("name", "launch", "pattern"), FAULTY, ids=[f"{fault[0]}-{i}" for i, fault in enumerate(FAULTY)]
 )
@@ -213,6 +223,35 @@ def test_a_fault_names_kernel_block_thread_and_line(
         said, _ = run(library, name, grid=1, **launch)
         assert re.search(f"^kernel {name}, block \\(0, 0, 0\\), .*{pattern}", said), said
         assert run(library, "with_barrier")[0] == "", "the next launch is not harmed"
+
+
+RUN = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+out = (ctypes.c_int * 256)()
+library.run(sys.argv[2].encode(), 1, 64, 40, out, int(sys.argv[3]))
+"""
+
+
+@pytest.mark.skipif(not ADDRESS, reason="for make sanitize")
+@pytest.mark.parametrize(
+    ("name", "n", "message"),
+    [
+        ("past_global", 256, "heap-buffer-overflow"),
+        ("past_end", 0, "use-after-poison"),
+        ("before_begin", 64, "use-after-poison"),
+        ("past_dynamic", 10, "use-after-poison"),
+        ("outside_row", 64, "index 64 out of bounds for type 'int [64]'"),
+        ("misaligned", 3, "misaligned address"),
+    ],
+)
+def test_address_sanitizer_sees(library: ctypes.CDLL, name: str, n: int, message: str) -> None:
+    command = [sys.executable, "-c", RUN, library._name, name, str(n)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and message in done.stderr and "faults.cu" in done.stderr, done.stderr
+    command[-2:] = ["with_barrier", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_an_unwritten_read_shows_in_one_of_two_poisons(library: ctypes.CDLL, configure: Any) -> None:
@@ -257,3 +296,11 @@ def test_a_right_kernel_that_uses_everything(library: ctypes.CDLL, configure: An
         assert pair.tolist() == [expected.item(), -expected.item()]
         first = c if first is None else first
         assert torch.equal(c, first)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or ADDRESS, reason="needs nvcc")
+def test_the_same_source_is_cuda(tmp_path: Path) -> None:
+    source = FAULTS.with_name("features.cu")
+    command = ["nvcc", "-std=c++20", "-arch=sm_80", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "features.o"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

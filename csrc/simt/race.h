@@ -37,7 +37,7 @@ class RaceDetector {
   void global_access(const void* p, size_t size, Access access, unsigned thread, const void* code);
 
  private:
-  // The granules first to last of a page, size bytes at p.
+  // Within one page; shared names the array, or is null.
   void touch(ShadowPage& page, const void* p, size_t size, Access access, unsigned thread, const void* code,
              const SharedMemory* shared);
   bool races(Record now, Record before) const;

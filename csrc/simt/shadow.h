@@ -59,7 +59,7 @@ class Shadow {
   }
 
  private:
-  static constexpr size_t kRecent = 64;
+  static constexpr size_t kRecent = 256;
   struct Recent {
     uintptr_t key = 0;
     ShadowPage* page = nullptr;

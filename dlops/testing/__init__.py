@@ -219,7 +219,8 @@ def numerics_page(found: Sequence[Ratio]) -> str:
         "same dtype, y64 the definition's on float64 inputs, eps the dtype's. 1 is as accurate as PyTorch; the",
         f"contract allows {RATIO:g}. Inputs: standard normal, mean 100, large and tiny magnitudes, rows up to 8,200.",
         f"torch {torch.__version__}; the backend triton ran in "
-        f"{'Triton' + chr(39) + 's interpreter' if backend.triton_interpreted() else 'its compiler'}.",
+        f"{'Triton' + chr(39) + 's interpreter' if backend.triton_interpreted() else 'its compiler'}, cuda on "
+        f"{'the host (docs/simt.md)' if backend.cuda_emulated() else 'a GPU'}.",
         "",
         "| op | output | backend | " + " | ".join(str(d).removeprefix("torch.") for d in DTYPES) + " |",
         "|---|---|---|" + "---|" * len(DTYPES),

@@ -121,6 +121,10 @@ __global__ void misaligned(int* out, int n) {
   out[threadIdx.x] = values[0];
 }
 
+__global__ void past_global(int* out, int n) {
+  if (threadIdx.x == 1) out[n] = 1;
+}
+
 __global__ void unwritten(int* out, int n) {
   DLOPS_SHARED(int, values, [64]);
   if (threadIdx.x < 63) values[threadIdx.x] = threadIdx.x;
@@ -202,6 +206,7 @@ constexpr Kernel kKernels[] = {KERNEL(race),
                                KERNEL(outside_row),
                                KERNEL(outside_registers),
                                KERNEL(misaligned),
+                               KERNEL(past_global),
                                KERNEL(unwritten),
                                KERNEL(divergent_shuffle),
                                KERNEL(shuffle_against_barrier),
