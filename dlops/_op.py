@@ -255,8 +255,7 @@ class Op:
         return getattr(torch.ops.dlops_cpu, self.name).default._op
 
     def _load_cuda(self) -> Callable[..., Any]:
-        library = torch.ops.dlops_simt if backend.cuda_emulated() else torch.ops.dlops_cuda
-        return getattr(library, self.name).default._op
+        return getattr(backend.cuda_library(), self.name).default._op
 
     def _load_triton(self) -> Callable[..., Any]:
         launch = getattr(self._kernels(), self.name)

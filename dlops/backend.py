@@ -94,6 +94,11 @@ def cuda_emulated() -> bool:
     return True
 
 
+def cuda_library() -> Any:
+    """The operators of the CUDA kernels, on a GPU or emulated."""
+    return torch.ops.dlops_simt if cuda_emulated() else torch.ops.dlops_cuda
+
+
 def _missing_cuda() -> str | None:
     if cuda_emulated():
         return None

@@ -179,7 +179,7 @@ def test_modules() -> None:
         (lambda x, w: dlops.use_backend("cudnn").__enter__(), ValueError, "'cudnn', accepted are 'torch'"),
     ],
 )
-@pytest.mark.parametrize("name", [None, "torch", "cpu", "triton"])
+@pytest.mark.parametrize("name", [None, "torch", "cpu", "cuda", "triton"])
 def test_bad_input(name: str | None, call: Any, error: type[Exception], message: str) -> None:
     with dlops.use_backend(name), pytest.raises(error, match=message):
         call(torch.randn(2, 4), torch.randn(5, 4))

@@ -1,6 +1,7 @@
 // What every binding needs: argument checks that name the argument, row views without copies, output allocation.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -17,6 +18,7 @@ namespace dlops {
 using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::detail::StableLibrary;
 
 struct Shape {
   std::vector<int64_t> sizes;

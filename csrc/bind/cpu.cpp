@@ -1,7 +1,5 @@
 #include "bind/cpu.h"
 
-#include "cpu/column_sum.h"
-
 namespace dlops {
 
 Isa cpu_isa() {
@@ -28,20 +26,46 @@ const char* cpu_isa_name() {
   }
 }
 
-Tensor empty_partial(const Tensor& x, int64_t blocks, int64_t width) {
-  return allocate(x, {blocks, width}, ScalarType::Float);
+int64_t Cpu::block_rows(int64_t rows) {
+  constexpr int64_t kBlocks = 128, kMinRows = 8;
+  return std::max<int64_t>(kMinRows, (rows + kBlocks - 1) / kBlocks);
 }
 
-Tensor column_sum(const Tensor& x, Dtype dtype, const Tensor& partial) {
-  const int64_t rows = partial.size(0), width = partial.size(1);
-  Tensor out = allocate(x, {width}, x.scalar_type());
-  const ColumnSum params{dtype, rows, width, partial.const_data_ptr<float>(), out.mutable_data_ptr()};
+void Cpu::column_sum(const Tensor&, const ColumnSum& params) {
   const auto& kernels = DLOPS_KERNELS(column_sum_kernels);
   constexpr int64_t kColumns = 64;  // the kernel's tile
-  parallel((width + kColumns - 1) / kColumns, kColumns * rows, [&](int64_t begin, int64_t end) {
-    kernels.column_sum(params, begin * kColumns, std::min(end * kColumns, width));
+  parallel((params.width + kColumns - 1) / kColumns, kColumns * params.rows, [&](int64_t begin, int64_t end) {
+    kernels.column_sum(params, begin * kColumns, std::min(end * kColumns, params.width));
   });
-  return out;
+}
+
+void Cpu::norm_forward(const Tensor&, const NormForward& params) {
+  const auto& kernels = DLOPS_KERNELS(norm_kernels);
+  parallel(params.rows, params.width, [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+void Cpu::norm_backward(const Tensor&, const NormBackward& params) {
+  const auto& kernels = DLOPS_KERNELS(norm_kernels);
+  const int64_t width = params.width, blocks = (params.rows + params.block_rows - 1) / params.block_rows;
+  parallel(width ? blocks : 0, params.block_rows * width, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * width);
+    kernels.backward(params, begin, end, scratch.data());
+  });
+}
+
+void Cpu::act_backward(const Tensor&, const ActivationPass& params) {
+  run(params, DLOPS_KERNELS(activation_kernels).act_backward);
+}
+
+void Cpu::gate_backward(const Tensor&, const ActivationPass& params) {
+  run(params, DLOPS_KERNELS(activation_kernels).gate_backward);
+}
+
+void Cpu::run(const ActivationPass& params, void (*kernel)(const ActivationPass&, int64_t, int64_t)) {
+  const int64_t blocks = (params.rows + params.block_rows - 1) / params.block_rows;
+  const int64_t chunks = (params.width + kActivationColumns - 1) / kActivationColumns;
+  const int64_t work = std::min(params.rows, params.block_rows) * std::min(params.width, kActivationColumns);
+  parallel(blocks * chunks, work, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
 }  // namespace dlops

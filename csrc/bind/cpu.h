@@ -1,4 +1,4 @@
-// Running host kernels: the instruction set, torch's thread pool, the second stage of batch sums.
+// Running host kernels: the instruction set, torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,6 +6,9 @@
 #include <algorithm>
 
 #include "bind/check.h"
+#include "cpu/activation.h"
+#include "cpu/column_sum.h"
+#include "cpu/norm.h"
 
 namespace dlops {
 
@@ -24,9 +27,6 @@ const char* cpu_isa_name();
 #define DLOPS_KERNELS(table) dlops::generic::table
 #endif
 
-// Outputs of at least this many bytes are written past the caches: the next reader would not find them there anyway.
-constexpr int64_t kStreamBytes = 16 << 20;
-
 // f(begin, end) over [0, tasks) on torch's threads; elements is the work of one task.
 template <class F>
 void parallel(int64_t tasks, int64_t elements, const F& f) {
@@ -35,15 +35,29 @@ void parallel(int64_t tasks, int64_t elements, const F& f) {
     torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)), f);
 }
 
-// Rows whose gradients are summed into one partial row. A function of the shape alone, so that the sums do not depend
-// on the number of threads.
-inline int64_t block_rows(int64_t rows) {
-  constexpr int64_t kBlocks = 128, kMinRows = 8;
-  return std::max<int64_t>(kMinRows, (rows + kBlocks - 1) / kBlocks);
-}
+// The CPU as bind/norm.h and bind/activation.h see it.
+struct Cpu {
+  static constexpr DeviceType kType = DeviceType::CPU;
+  static constexpr int64_t kStreamBytes = 16 << 20;
 
-// Partial sums (blocks, width) in float32, and their sum in x's dtype.
-Tensor empty_partial(const Tensor& x, int64_t blocks, int64_t width);
-Tensor column_sum(const Tensor& x, Dtype dtype, const Tensor& partial);
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+
+  // Rows whose gradients are summed into one partial row. A function of the shape alone, so that the sums do not depend
+  // on the number of threads.
+  static int64_t block_rows(int64_t rows);
+  static int64_t norm_block_rows(const NormBackward& params) { return block_rows(params.rows); }
+  static int64_t activation_block_rows(const ActivationPass& params) { return block_rows(params.rows); }
+
+  static void column_sum(const Tensor&, const ColumnSum& params);
+  static void norm_forward(const Tensor&, const NormForward& params);
+  static void norm_backward(const Tensor&, const NormBackward& params);
+  static void act_backward(const Tensor&, const ActivationPass& params);
+  static void gate_backward(const Tensor&, const ActivationPass& params);
+
+  // One kernel of activation_kernels over all tasks.
+  static void run(const ActivationPass& params, void (*kernel)(const ActivationPass&, int64_t, int64_t));
+};
 
 }  // namespace dlops

@@ -2,6 +2,8 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include "bind/cuda_table.h"
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_cuda, m) {
@@ -25,4 +27,5 @@ PYBIND11_MODULE(_cuda, m) {
         return version;
       },
       "The newest CUDA version that the driver knows, as 1000 major + 10 minor; 0 without a driver.");
+  dlops::define_kernel_table(m);
 }

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind/cuda_table.h"
 #include "simt/launch.h"
 
 namespace py = pybind11;
@@ -58,4 +59,5 @@ PYBIND11_MODULE(_simt, m) {
         return info;
       },
       "The compiler, the torch whose headers were used, and how memory accesses are checked.");
+  dlops::define_kernel_table(m);
 }

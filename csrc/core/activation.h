@@ -263,5 +263,28 @@ struct Softplus {
   }
 };
 
+// Calls f with the functor of an activation chosen at run time.
+template <class F>
+DLOPS_HD void with_activation(Activation activation, const float* params, F f) {
+  switch (activation) {
+    case Activation::kNone: return f(None(params));
+    case Activation::kStep: return f(Step(params));
+    case Activation::kSign: return f(Sign(params));
+    case Activation::kRelu: return f(Relu(params));
+    case Activation::kLeakyRelu: return f(LeakyRelu(params));
+    case Activation::kElu: return f(Elu(params));
+    case Activation::kSigmoid: return f(Sigmoid(params));
+    case Activation::kTanh: return f(Tanh(params));
+    case Activation::kGelu: return f(Gelu(params));
+    case Activation::kGeluTanh: return f(GeluTanh(params));
+    case Activation::kSilu: return f(Silu(params));
+    case Activation::kRelu2: return f(Relu2(params));
+    case Activation::kHardswish: return f(Hardswish(params));
+    case Activation::kMish: return f(Mish(params));
+    case Activation::kSoftplus: return f(Softplus(params));
+    case Activation::kCount: return;
+  }
+}
+
 }  // namespace DLOPS_ISA
 }  // namespace dlops

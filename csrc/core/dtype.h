@@ -76,5 +76,25 @@ DLOPS_HD float16 from_float<float16>(float x) {
 #endif
 }
 
+// Two halves as one word, the first in its low bits.
+template <class T>
+DLOPS_HD uint32_t halves_from_floats(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+#if defined(__CUDA_ARCH__)  // one instruction each
+template <>
+DLOPS_HD uint32_t halves_from_floats<bfloat16>(float low, float high) {
+  const __nv_bfloat162_raw pair = __floats2bfloat162_rn(low, high);
+  return pair.x | uint32_t(pair.y) << 16;
+}
+
+template <>
+DLOPS_HD uint32_t halves_from_floats<float16>(float low, float high) {
+  const __half2_raw pair = __floats2half2_rn(low, high);
+  return pair.x | uint32_t(pair.y) << 16;
+}
+#endif
+
 }  // namespace DLOPS_ISA
 }  // namespace dlops

@@ -1,16 +1,9 @@
-// Sum over rows of partial sums: the second stage of every gradient that sums over a batch.
+// Host kernel of the second stage of batch sums.
 #pragma once
 
-#include "core/dtype.h"
+#include "core/column_sum.h"
 
 namespace dlops {
-
-struct ColumnSum {
-  Dtype dtype;           // of out
-  int64_t rows, width;   // of partial
-  const float* partial;  // contiguous
-  void* out;             // (width)
-};
 
 struct ColumnSumKernels {
   void (*column_sum)(const ColumnSum&, int64_t begin_column, int64_t end_column);

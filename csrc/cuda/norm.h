@@ -1,46 +1,25 @@
-// Device normalisation kernels: what csrc/bind passes to them. M rows of D elements, unit stride within a row.
+// Device normalisation kernels. Each launcher returns null, or what went wrong.
 #pragma once
 
-#include "core/dtype.h"
+#include "core/norm.h"
+#include "cuda/layout.h"
 
-namespace dlops {
+namespace dlops::cuda {
 
-struct RmsNormForward {
-  Dtype dtype;
-  int64_t rows, width;  // M, D
-  const void* x;        // (M, D), rows x_stride elements apart
-  int64_t x_stride;
-  const void* weight;  // (D) or null
-  float eps;
-  void* y;      // (M, D) contiguous
-  float* rstd;  // (M)
-};
+// Forward: a row's first chunk, 64 bytes a thread (8 elements where rows are not aligned to 16 bytes), stays in
+// registers. What is beyond waits in shared memory, or where that is too small is read again.
+constexpr RowLayout kNormForward[] = {{8, 16}, {32, 4}, {128, 1}, {256, 1}, {512, 1}};
+// Backward: 16 elements a thread, and their weight gradients, stay in registers. Beyond, weight gradients are summed in
+// shared memory and rows wait there, each where it fits; else the first in global memory, the second are read again.
+constexpr RowLayout kNormBackward[] = {{8, 32}, {32, 8}, {128, 2}, {256, 1}, {512, 1}};
 
-struct RmsNormBackward {
-  Dtype dtype;
-  int64_t rows, width;  // M, D
-  const void* dy;       // (M, D)
-  int64_t dy_stride;
-  const void* x;  // (M, D)
-  int64_t x_stride;
-  const void* weight;  // (D) or null
-  const float* rstd;   // (M)
-  const void* dsum;    // (M, D) or null; added to dx
-  int64_t dsum_stride;
-  void* dx;        // (M, D) contiguous, or null when not asked for
-  float* partial;  // (rms_norm_backward_blocks, D) scratch, or null when dweight is not asked for
-  void* dweight;   // (D), or null
-};
+constexpr int kNormThreads = 512;  // at most, in a block
+static_assert(fits(kNormForward, kNormThreads) && fits(kNormBackward, kNormThreads));
 
-namespace cuda {
+const char* norm_forward(const NormForward& params, void* stream);
+const char* norm_backward(const NormBackward& params, void* stream);
 
-// Each returns null, or what went wrong.
-const char* rms_norm_forward(const RmsNormForward& params, void* stream);
-const char* rms_norm_backward(const RmsNormBackward& params, void* stream);
+// The block_rows that norm_backward is fastest with on the current device.
+int64_t norm_backward_block_rows(const NormBackward& params);
 
-// Rows of partial weight gradients: a function of the shapes, strides and alignments, and of the current device.
-int64_t rms_norm_backward_blocks(const RmsNormBackward& params);
-
-}  // namespace cuda
-
-}  // namespace dlops
+}  // namespace dlops::cuda

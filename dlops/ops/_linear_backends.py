@@ -1,9 +1,12 @@
-"""How the linear family runs on libraries and on the C++ passes around them: backends ``vendor`` and ``cpu``.
+"""How the linear family runs on libraries and on the passes around them: backends ``vendor``, ``cpu`` and ``cuda``.
 
 ``vendor`` is one library call where the library fuses (oneDNN on a CPU, cuBLASLt's epilogue on a GPU). ``cpu`` is the
-fastest library product, in float32 where the CPU multiplies halves slowly, and one C++ pass for everything around it.
+fastest library product, in float32 where the CPU multiplies halves slowly, and one C++ pass for everything around it;
+``cuda``'s gradients are the same on a GPU, its forward one kernel for few rows.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +57,8 @@ SLOW_HALVES = frozenset(
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias by the fastest library here; halves may come back as float32, not yet rounded."""
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
     if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if ONEDNN_WINS and x.dtype == torch.float32 and x.shape[-1] <= _LONGEST_ONEDNN and x.numel() and weight.numel():
@@ -77,19 +82,6 @@ def _cpu_linear_act(
     return pre.to(x.dtype), x.new_empty(0)
 
 
-def _cpu_linear_act_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    activation: str,
-    params: list[float],
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dpre, dbias = torch.ops.dlops_cpu.act_backward(dy, saved, activation, params, output_mask[2])
-    return *_gradient_products(dpre, x, weight, output_mask), dbias
-
-
 def _cpu_gated_linear(
     x: Tensor,
     weight_gate: Tensor,
@@ -108,31 +100,6 @@ def _cpu_gated_linear(
     return gate.to(x.dtype), x.new_empty(0), x.new_empty(0)
 
 
-def _cpu_gated_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight_gate: Tensor,
-    weight_up: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    params: list[float],
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dgate, dup, dbias_gate, dbias_up = torch.ops.dlops_cpu.gate_backward(
-        dy, gate, up, activation, params, output_mask[3] or output_mask[4]
-    )
-    dx_gate, dweight_gate = _gradient_products(dgate, x, weight_gate, output_mask)
-    dx_up, dweight_up = _gradient_products(dup, x, weight_up, [output_mask[0], output_mask[2]])
-    return (
-        dx_gate + dx_up,
-        dweight_gate,
-        dweight_up,
-        dbias_gate if output_mask[3] else x.new_empty(0),
-        dbias_up if output_mask[4] else x.new_empty(0),
-    )
-
-
 def _cpu_maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_pieces: int) -> tuple[Tensor, Tensor]:
     y, index = torch.ops.dlops_cpu.maxout(product(x, weight, bias), num_pieces)
     return y.to(x.dtype), index
@@ -144,6 +111,53 @@ def _cpu_maxout_linear_backward(
     dpre = dy.new_zeros((*dy.shape, num_pieces)).scatter_(-1, index[..., None], dy[..., None]).flatten(-2)
     _, dbias = torch.ops.dlops_cpu.act_backward(dpre, dpre, "none", [], output_mask[2])
     return *_gradient_products(dpre, x, weight, output_mask), dbias
+
+
+# ---- gradients on cpu and cuda -------------------------------------------------------------------------------------
+
+
+def _linear_act_backward(library: Callable[[], Any]) -> Callable[..., Any]:
+    def linear_act_backward(
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        saved: Tensor,
+        activation: str,
+        params: list[float],
+        output_mask: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dpre, dbias = library().act_backward(dy, saved, activation, params, output_mask[2])
+        return *_gradient_products(dpre, x, weight, output_mask), dbias
+
+    return linear_act_backward
+
+
+def _gated_linear_backward(library: Callable[[], Any]) -> Callable[..., Any]:
+    def gated_linear_backward(
+        dy: Tensor,
+        x: Tensor,
+        weight_gate: Tensor,
+        weight_up: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        params: list[float],
+        output_mask: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dgate, dup, dbias_gate, dbias_up = library().gate_backward(
+            dy, gate, up, activation, params, output_mask[3] or output_mask[4]
+        )
+        dx_gate, dweight_gate = _gradient_products(dgate, x, weight_gate, output_mask)
+        dx_up, dweight_up = _gradient_products(dup, x, weight_up, [output_mask[0], output_mask[2]])
+        return (
+            dx_gate + dx_up,
+            dweight_gate,
+            dweight_up,
+            dbias_gate if output_mask[3] else x.new_empty(0),
+            dbias_up if output_mask[4] else x.new_empty(0),
+        )
+
+    return gated_linear_backward
 
 
 def _gradient_products(dpre: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
@@ -276,13 +290,25 @@ def _refuses_vendor_gated_linear_backward(dy: Tensor, x: Tensor, weight_gate: Te
     return _refuses_onednn(x, weight_gate, "none")
 
 
+_MAX_ROWS = 16
+
+
+def _refuses_many_rows(x: Tensor, *others: Any) -> str | None:
+    rows = math.prod(x.shape[:-1])
+    return f"it serves at most {_MAX_ROWS} rows (decoding), got {rows}" if rows > _MAX_ROWS else None
+
+
 _CPU = {
     "linear_act": _cpu_linear_act,
-    "linear_act_backward": _cpu_linear_act_backward,
+    "linear_act_backward": _linear_act_backward(lambda: torch.ops.dlops_cpu),
     "gated_linear": _cpu_gated_linear,
-    "gated_linear_backward": _cpu_gated_linear_backward,
+    "gated_linear_backward": _gated_linear_backward(lambda: torch.ops.dlops_cpu),
     "maxout_linear": _cpu_maxout_linear,
     "maxout_linear_backward": _cpu_maxout_linear_backward,
+}
+_CUDA = {
+    "linear_act_backward": _linear_act_backward(backend.cuda_library),
+    "gated_linear_backward": _gated_linear_backward(backend.cuda_library),
 }
 _VENDOR = {
     "linear_act": (_vendor_linear_act, _refuses_vendor_linear_act),
@@ -293,8 +319,12 @@ _VENDOR = {
 
 
 def implement(op: Op) -> None:
-    """Give ``op`` its ``cpu`` and, where a library fuses it, its ``vendor`` implementation."""
+    """Give ``op`` its ``cpu`` and, where they exist, its ``cuda`` and ``vendor`` implementations."""
     op.implement("cpu", lambda: _CPU[op.name])
+    if op.name in _CUDA:
+        op.implement("cuda", lambda: _CUDA[op.name])
+    elif op.name in ("linear_act", "gated_linear"):
+        op.implement("cuda", refuses=_refuses_many_rows)
     if op.name in _VENDOR:
         vendor, refuses = _VENDOR[op.name]
         op.implement("vendor", lambda: vendor, refuses)

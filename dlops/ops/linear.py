@@ -241,7 +241,7 @@ maxout_linear.register_autograd(
 def _rule(*args: Any) -> Sequence[str]:
     x = args[0]
     if not x.is_cpu:
-        return ("vendor", "triton", "torch")
+        return ("vendor", "cuda", "triton", "torch")  # unmeasured
     # cpu: bench rows linear_act and gated_linear. Where oneDNN's products beat MKL's, so does its fused call, which
     # cannot keep the pre-activation (`save`, the last argument).
     return ("vendor", "cpu", "torch") if ONEDNN_WINS and args[-1] is False else ("cpu", "torch")

@@ -259,5 +259,4 @@ for _op in (rms_norm, rms_norm_backward, layer_norm, layer_norm_backward, add_rm
     _op.rule = _rule
     _op.implement("cpu")
     _op.implement("triton")
-for _op in (rms_norm, rms_norm_backward):
     _op.implement("cuda")
