@@ -12,7 +12,7 @@ PIP := -m pip --disable-pip-version-check
 # What pyproject.toml's [build-system] would fetch for an isolated build.
 BUILD_REQUIRES := "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" ninja numpy
 
-.PHONY: bench test sanitize lint docs gpu gpu-test gpu-bench gpu-build wheel check-abi test-oldest wheel-smoke clean
+.PHONY: bench test sanitize sanitize-host lint docs gpu gpu-test gpu-bench gpu-sanitize gpu-build wheel check-abi test-oldest wheel-smoke clean
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/built
@@ -32,6 +32,9 @@ lint: $(VENV)/installed
 SANITIZE := $(CURDIR)/build/sanitize
 PRELOAD = $(shell for f in libasan.so libstdc++.so; do $(or $(CXX),g++) -print-file-name=$$f; done)
 sanitize: $(VENV)/built
+	$(MAKE) --no-print-directory sanitize-host
+
+sanitize-host:
 	DLOPS_BUILD_CUDA=0 DLOPS_BUILD_SIMT=address $(PY) setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 "$(CURDIR)/$(PY)" \
 	  -m pytest "$(CURDIR)/tests/test_contract.py" "$(CURDIR)/tests/test_simt.py" -q -n $(WORKERS) \
@@ -57,7 +60,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 # On a machine with a GPU and no network, where PYTHON has everything: an environment over PYTHON's, which stays as it is.
 GPU := .venv-gpu
 gpu: gpu-build
-	@failed=0; for part in $(if $(filter all,$(PART)),test bench,$(PART)); do \
+	@failed=0; for part in $(if $(filter all,$(PART)),test bench sanitize,$(PART)); do \
 	  $(MAKE) --no-print-directory gpu-$$part || failed=1; done; exit $$failed
 
 gpu-build:
@@ -78,6 +81,17 @@ gpu-test:
 gpu-bench:
 	$(GPU)/bin/python -m bench --json $(STATE)/bench.json --resume
 	cp $(STATE)/bench.json "$(OUT)/bench.json"
+
+# The small cases of the contract under compute-sanitizer; without a GPU, the same kernels under the host's sanitizers.
+COMPUTE_SANITIZER = $(or $(shell command -v compute-sanitizer),$(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer)
+gpu-sanitize:
+	@if $(GPU)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  for tool in memcheck racecheck; do \
+	    $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 9 --target-processes all \
+	      $(GPU)/bin/python $(PYTEST)/test_contract.py -q --tb=short --resume $(STATE)/$$tool-passed.txt \
+	      -k "deterministic and (cuda or triton)" || exit 1; \
+	  done; \
+	else $(MAKE) --no-print-directory sanitize-host PY=$(GPU)/bin/python; fi
 
 wheel: $(VENV)/installed
 	rm -rf dist build/lib.*
