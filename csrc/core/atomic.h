@@ -27,8 +27,8 @@ __device__ __forceinline__ void atomic_add<bfloat16>(Pack<bfloat16, 2>* p, Pack<
 template <class T>
 __device__ __forceinline__ void atomic_add(Pack<T, 2>* p, Pack<T, 2> value) {
   simt::atomic_update(reinterpret_cast<uint32_t*>(p), [value](uint32_t old) {
-    Pack<T, 2> pack = __builtin_bit_cast(Pack<T, 2>, old);
-    for (int i = 0; i < 2; ++i) pack.value[i] = from_float<T>(to_float(pack.value[i]) + to_float(value.value[i]));
+    const Pack<T, 2> held = __builtin_bit_cast(Pack<T, 2>, old);
+    const Pack<T, 2> pack = Pack<T, 2>::of({held.get(0) + value.get(0), held.get(1) + value.get(1)});
     return __builtin_bit_cast(uint32_t, pack);
   });
 }

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(96) features(Params p) {
   atomicMax(p.counts + 5, thread);
   atomicAdd(p.sum, float(thread));
   atomicAdd(p.sum64, double(thread) / 3);
-  atomic_add(static_cast<Pack<T, 2>*>(p.pair), Pack<T, 2>{from_float<T>(1), from_float<T>(-1)});
+  atomic_add(static_cast<Pack<T, 2>*>(p.pair), Pack<T, 2>::of({1.0f, -1.0f}));
 }
 
 }  // namespace
