@@ -137,6 +137,8 @@ def test_modules_share_torch_state_dicts() -> None:
         (lambda x: F.add_rms_norm(x.long(), x.long(), [4]), RuntimeError, "x has dtype torch.int64"),
         (lambda x: F.add_layer_norm(x + 0j, x + 0j, [4]), RuntimeError, "x has dtype torch.complex64"),
         (lambda x: F.add_layer_norm(x, x.to("meta"), [4]), RuntimeError, "residual is on meta"),
+        (lambda x: F.add_layer_norm(x.half(), x.half(), [4], x[0]), RuntimeError, "weight has dtype torch.float32"),
+        (lambda x: F.add_layer_norm(x, x, [4], x[0, :3]), RuntimeError, r"weight or bias has shape \(3,\)"),
         (lambda x: F.add_layer_norm(x[0, 0], x[0, 0], []), RuntimeError, "input has shape"),
         (lambda x: torch.ops.dlops.rms_norm(x, x[0, :2], 1e-6), RuntimeError, r"weight has shape \(2,\)"),
         (lambda x: norm.layer_norm(x, None, x[0, :2], 1e-6), RuntimeError, r"bias has shape \(2,\)"),

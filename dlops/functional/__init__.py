@@ -280,11 +280,15 @@ def add_layer_norm(
     Returns:
         ``(normed, sum)``: layer_norm(input + residual) and input + residual, both shaped like input.
     """
+    if _small_row(input, residual, normalized_shape, weight, bias, eps):
+        try:
+            total = input + residual
+            return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
+        except RuntimeError:
+            _checked_dims("add_layer_norm", input, residual, normalized_shape, weight, bias)
+            add_layer_norm_op.check(input, residual, weight, bias, eps)
+            raise
     dims = _checked_dims("add_layer_norm", input, residual, normalized_shape, weight, bias)
-    if dims == 1 and _small(input) and not torch.is_autocast_enabled(input.device.type):
-        add_layer_norm_op.check(input, residual, weight, bias, eps)
-        total = input + residual
-        return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
     y, total, *_ = add_layer_norm_op(
         _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _flat(bias, dims), eps
     )
@@ -294,6 +298,29 @@ def add_layer_norm(
 def _small(x: Tensor) -> bool:
     """Whether torch's own layer_norm is faster than an op call, and nothing is forced."""
     return backend.forced() is None and not torch.compiler.is_compiling() and x.numel() < _SMALL_NORM
+
+
+def _small_row(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> bool:
+    """Whether the sum of x and residual is small, and torch rejects what the op does."""
+    shape, dtype = x.shape, x.dtype
+    return (
+        _small(x)
+        and shape == residual.shape
+        and [*shape[-1:]] == [*normalized_shape]
+        and dtype in _FLOATS
+        and dtype == residual.dtype
+        and (weight is None or weight.dtype == dtype)
+        and (bias is None or bias.dtype == dtype)
+        and eps >= 0
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _norm_dims(
