@@ -68,4 +68,21 @@ void Cpu::run(const ActivationPass& params, void (*kernel)(const ActivationPass&
   parallel(blocks * chunks, work, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
+// Elements of a task: of one sequence, its taps counted.
+static int64_t conv1d_work(const Conv1d& p) {
+  return p.seqlen * p.width * (p.channels_last ? kConv1dChannels : 1) / (p.bounds ? p.sequences + 1 : 1);
+}
+
+void Cpu::conv1d_forward(const Tensor&, const Conv1dForward& params) {
+  const auto& kernels = DLOPS_KERNELS(conv1d_kernels);
+  parallel(params.sequences * conv1d_blocks(params), conv1d_work(params),
+           [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+void Cpu::conv1d_backward(const Tensor&, const Conv1dBackward& params) {
+  const auto& kernels = DLOPS_KERNELS(conv1d_kernels);
+  parallel(conv1d_blocks(params), conv1d_work(params) * params.sequences,
+           [&](int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
+}
+
 }  // namespace dlops

@@ -8,6 +8,7 @@
 #include "bind/check.h"
 #include "cpu/activation.h"
 #include "cpu/column_sum.h"
+#include "cpu/conv1d.h"
 #include "cpu/norm.h"
 
 namespace dlops {
@@ -35,7 +36,7 @@ void parallel(int64_t tasks, int64_t elements, const F& f) {
     torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)), f);
 }
 
-// The CPU as bind/norm.h and bind/activation.h see it.
+// The CPU as bind/norm.h, bind/activation.h and bind/conv1d.h see it.
 struct Cpu {
   static constexpr DeviceType kType = DeviceType::CPU;
   static constexpr int64_t kStreamBytes = 16 << 20;
@@ -55,6 +56,10 @@ struct Cpu {
   static void norm_backward(const Tensor&, const NormBackward& params);
   static void act_backward(const Tensor&, const ActivationPass& params);
   static void gate_backward(const Tensor&, const ActivationPass& params);
+
+  static int64_t conv1d_partial_sums(const Conv1dBackward&) { return 1; }
+  static void conv1d_forward(const Tensor&, const Conv1dForward& params);
+  static void conv1d_backward(const Tensor&, const Conv1dBackward& params);
 
   // One kernel of activation_kernels over all tasks.
   static void run(const ActivationPass& params, void (*kernel)(const ActivationPass&, int64_t, int64_t));

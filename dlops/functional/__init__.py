@@ -15,6 +15,7 @@ from torch.nn.functional import elu, gelu, hardswish, leaky_relu, mish, relu, si
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dlops import backend
+from dlops.functional.conv1d import causal_conv1d
 from dlops.functional.scan import selective_scan
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
@@ -29,6 +30,7 @@ from dlops.ops.norm import rms_norm as rms_norm_op
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "causal_conv1d",
     "elu",
     "gated_linear",
     "gelu",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dlops._op import acc
+from dlops.functional._packed import check_cu_seqlens
 from dlops.ops.scan import selective_scan as selective_scan_op
 
 
@@ -55,21 +56,10 @@ def selective_scan(
         ValueError: cu_seqlens that does not go from 0 to seqlen, or decreases.
     """
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, u.shape[-1])
+        check_cu_seqlens("selective_scan", cu_seqlens, u.shape[-1])
     B, C = (acc(x) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (B, C))
     D, delta_bias = (x if x is None else acc(x) for x in (D, delta_bias))
     inputs = (u, delta, acc(A), B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last_state, _ = selective_scan_op(*inputs, cu_seqlens, delta_softplus, save)
     return (y, last_state) if return_last_state else y
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, seqlen: int) -> None:
-    """Check the values, where they can be read without waiting for a device; the kernels stay inside u in any case."""
-    if type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu or torch.compiler.is_compiling():
-        return
-    bounds = cu_seqlens.flatten().tolist()
-    if bounds and (bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds)):
-        raise ValueError(
-            f"selective_scan: cu_seqlens is {bounds}, accepted are numbers that do not decrease, from 0 to {seqlen}"
-        )
