@@ -25,8 +25,9 @@ float parameter(const void* data, Dtype dtype, int64_t i) {
   }
 }
 
-// A block of channels: their parameters, and the chunk of a sequence at hand. kSplit: there is a seq_idx.
-template <class T, bool kLast, bool kSplit>
+// A block of channels: their parameters, and the chunk of a sequence at hand. kSplit: there is a seq_idx. kWidth: the
+// number of taps where the compiler shall know it, else 0.
+template <class T, bool kLast, bool kSplit, int kWidth>
 class Channels {
  public:
   Channels(const Conv1d& p, int64_t block)
@@ -51,10 +52,13 @@ class Channels {
     for (int64_t begin = 0; begin < part.length; begin += limit_) {
       const int64_t rows = std::min(limit_, part.length - begin);
       read(sequence, part, begin, rows);
-      each(rows, [&](int64_t row, int64_t column, auto lanes) DLOPS_INLINE {
-        vfloat v = convolved(row, column, lanes);
-        if (p.silu) v = Silu(nullptr).value(v);
-        store(at(p.y, y, begin + row, column), same(v, row, 0, lanes), lanes);
+      each(rows, [&](int64_t column, auto channels) DLOPS_INLINE {
+        const Filter filter(*this, column, channels);
+        return [=, this, &p, out = at(p.y, y, begin, column)](int64_t row, auto lanes) DLOPS_INLINE {
+          vfloat v = filter.convolved(row, lanes);
+          if (p.silu) v = Silu(nullptr).value(v);
+          store(at(p.y, out, row, 0), same(v, row, 0, lanes), lanes);
+        };
       });
     }
     if (p.final) write_final(p, sequence, part);
@@ -74,10 +78,14 @@ class Channels {
         const int64_t begin = (end - 1) / limit_ * limit_, rows = end - begin;
         std::copy_backward(dpre.begin(), dpre.begin() + p.reach * kRow, dpre.begin() + (rows + p.reach) * kRow);
         read(sequence, part, begin, rows);
-        each(rows, [&](int64_t row, int64_t column, auto lanes) DLOPS_INLINE {
-          vfloat v = load(at(p.dy, dy, begin + row, column), lanes);
-          if (p.silu) v *= Silu(nullptr).slope(convolved(row, column, lanes));
-          store(&dpre[row * kRow + column], same(v, row, 0, lanes), lanes);
+        each(rows, [&](int64_t column, auto channels) DLOPS_INLINE {
+          const Filter filter(*this, column, channels);
+          return [=, this, &p, from = at(p.dy, dy, begin, column), to = &dpre[column]](int64_t row, auto lanes)
+                     DLOPS_INLINE {
+                       vfloat v = load(at(p.dy, from, row, 0), lanes);
+                       if (p.silu) v *= Silu(nullptr).slope(filter.convolved(row, lanes));
+                       store(to + row * kRow, same(v, row, 0, lanes), lanes);
+                     };
         });
         if (p.dweight || p.dbias) add_parameter_gradients(rows, dpre.data(), total.data());
         if (p.dx.data) write_gradient(p, sequence, part, begin, rows, dpre.data(), dfinal.data());
@@ -95,15 +103,28 @@ class Channels {
  private:
   static constexpr int kRow = kLast ? kConv1dChannels : 1;
 
-  // body(row, column, lanes) over the first rows of the chunk.
-  template <class Body>
-  DLOPS_INLINE void each(int64_t rows, Body body) const {
-    if constexpr (kLast)
-      for_lanes(count_, [&](int64_t column, auto lanes) DLOPS_INLINE {
-        for (int64_t row = 0; row < rows; ++row) body(row, column, lanes);
+  // make(column, lanes) gives a body(row, lanes), with what it needs of these channels in registers; that is called for
+  // the first `rows` rows of the chunk. Two vectors of channels at a time: a cache line, where rows are too far apart
+  // to stay in cache.
+  template <class Make>
+  DLOPS_INLINE void each(int64_t rows, Make make) const {
+    if constexpr (kLast) {
+      int64_t done = 0;
+      for (; done + 2 * kLanes <= count_; done += 2 * kLanes) {
+        const auto left = make(done, Full{}), right = make(done + kLanes, Full{});
+        for (int64_t row = 0; row < rows; ++row) {
+          left(row, Full{});
+          right(row, Full{});
+        }
+      }
+      for_lanes(count_ - done, [&](int64_t column, auto lanes) DLOPS_INLINE {
+        const auto body = make(done + column, lanes);
+        for (int64_t row = 0; row < rows; ++row) body(row, lanes);
       });
-    else
-      for_lanes(rows, [&](int64_t row, auto lanes) DLOPS_INLINE { body(row, 0, lanes); });
+    } else {
+      const auto body = make(0, Full{});
+      for_lanes(rows, [&](int64_t row, auto lanes) DLOPS_INLINE { body(row, lanes); });
+    }
   }
 
   template <class Pointer, class U>
@@ -111,10 +132,10 @@ class Channels {
     return data + row * (kLast ? signal.step : 1) + column;
   }
 
-  // values[column], of a parameter.
-  template <class Lanes>
-  static DLOPS_INLINE vfloat of_channels(const float* values, int64_t column, Lanes lanes) {
-    if constexpr (kLast) return load(values + column, lanes);
+  // A parameter of a vector of channels, or of the one channel.
+  template <class Count>
+  static DLOPS_INLINE vfloat of_channels(const float* values, Count count) {
+    if constexpr (kLast) return load(values, count);
     return splat<vfloat>(values[0]);
   }
 
@@ -146,13 +167,42 @@ class Channels {
     return same(load(&x_[(p_.reach + row - back) * kRow + column], lanes), row, back, lanes);
   }
 
-  template <class Lanes>
-  DLOPS_INLINE vfloat convolved(int64_t row, int64_t column, Lanes lanes) const {
-    vfloat sum = of_channels(bias_.data(), column, lanes);
-    for (int64_t k = 0; k < p_.width; ++k)
-      sum += seen(row, column, back(k), lanes) * of_channels(&weight_[k * kRow], column, lanes);
-    return sum;
-  }
+  // The taps of a vector of channels, in registers where their number is known.
+  template <class Count>
+  struct Filter {
+    Filter(const Channels& channels, int64_t column, Count count)
+        : channels(channels),
+          count(count),
+          weights(channels.weight_.data() + column),
+          x(channels.x_.data() + channels.p_.reach * kRow + column),
+          bias(of_channels(channels.bias_.data() + column, count)),
+          width(kWidth ? kWidth : channels.p_.width),
+          dilation(channels.p_.dilation) {
+      for (int k = 0; k < kWidth; ++k) known[k] = of_channels(weights + k * kRow, count);
+    }
+
+    // start plus the sum of value(back) times the tap that looks so far back.
+    template <class Value>
+    DLOPS_INLINE vfloat sum(vfloat start, Value value) const {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < width; ++k)
+        start += value((width - 1 - k) * dilation) * (kWidth ? known[k] : of_channels(weights + k * kRow, count));
+      return start;
+    }
+
+    template <class Lanes>
+    DLOPS_INLINE vfloat convolved(int64_t row, Lanes lanes) const {
+      return sum(bias, [&](int64_t back) DLOPS_INLINE {
+        return channels.same(load(x + (row - back) * kRow, lanes), row, back, lanes);
+      });
+    }
+
+    const Channels& channels;
+    const Count count;
+    const float *weights, *x;
+    vfloat known[kWidth ? kWidth : 1], bias;
+    const int64_t width, dilation;
+  };
 
   // Steps [begin, begin + rows) of the sequence, and before them the `reach` steps or states that they see.
   void read(int64_t sequence, const Sequence& part, int64_t begin, int64_t rows) {
@@ -163,8 +213,9 @@ class Channels {
         x_[(row - begin) * kRow + c] = initial ? to_float(initial[states(sequence, c) + row]) : 0.0f;
     const int64_t from = std::max<int64_t>(0, begin - p_.reach);
     float* to = x_.data() + (p_.reach + from - begin) * kRow;
-    each(begin + rows - from, [&](int64_t row, int64_t column, auto lanes) DLOPS_INLINE {
-      store(to + row * kRow + column, load(at(p_.x, x, from + row, column), lanes), lanes);
+    each(begin + rows - from, [&](int64_t column, auto) DLOPS_INLINE {
+      return [=, this, in = at(p_.x, x, from, column), out = to + column](int64_t row, auto lanes)
+                 DLOPS_INLINE { store(out + row * kRow, load(at(p_.x, in, row, 0), lanes), lanes); };
     });
     if constexpr (kSplit) {
       const int32_t* index = p_.seq_idx + sequence * p_.seqlen;
@@ -240,15 +291,17 @@ class Channels {
                       const float* dpre, const float* dfinal) const {
     T* dx = begin_of<T>(p, p.dx, sequence, part, first_);
     const int64_t first_final = part.length - p.reach - begin;  // row of the chunk that the final states start with
-    each(rows, [&](int64_t row, int64_t column, auto lanes) DLOPS_INLINE {
-      vfloat sum{};
-      for (int64_t k = 0; k < p.width; ++k) {
-        const int64_t ahead = row + back(k);
-        sum += same(load(dpre + ahead * kRow + column, lanes), ahead, back(k), lanes) *
-               of_channels(&weight_[k * kRow], column, lanes);
-      }
-      if (p.dfinal) sum += final_gradient(dfinal, row - first_final, column, lanes);
-      store(at(p.dx, dx, begin + row, column), sum, lanes);
+    each(rows, [&](int64_t column, auto channels) DLOPS_INLINE {
+      const Filter filter(*this, column, channels);
+      return [=, this, &p, from = dpre + column, to = at(p.dx, dx, begin, column)](int64_t row, auto lanes)
+                 DLOPS_INLINE {
+                   vfloat sum{};
+                   if (p.dfinal) sum = final_gradient(dfinal, row - first_final, column, lanes);
+                   sum = filter.sum(sum, [&](int64_t back) DLOPS_INLINE {
+                     return same(load(from + (row + back) * kRow, lanes), row + back, back, lanes);
+                   });
+                   store(at(p.dx, to, row, 0), sum, lanes);
+                 };
     });
   }
 
@@ -285,14 +338,19 @@ class Channels {
 };
 
 // Calls f with a null pointer to the Channels that p needs.
+template <class T, bool kLast, class F>
+void with_layout(const Conv1d& p, F f) {
+  if (p.seq_idx)
+    f((Channels<T, kLast, true, 0>*)nullptr);
+  else if (p.width == 4)
+    f((Channels<T, kLast, false, 4>*)nullptr);
+  else
+    f((Channels<T, kLast, false, 0>*)nullptr);
+}
+
 template <class F>
 void with_channels(const Conv1d& p, F f) {
-  const auto typed = [&]<class T>(T*) {
-    if (p.channels_last)
-      p.seq_idx ? f((Channels<T, true, true>*)nullptr) : f((Channels<T, true, false>*)nullptr);
-    else
-      p.seq_idx ? f((Channels<T, false, true>*)nullptr) : f((Channels<T, false, false>*)nullptr);
-  };
+  const auto typed = [&]<class T>(T*) { p.channels_last ? with_layout<T, true>(p, f) : with_layout<T, false>(p, f); };
   switch (p.dtype) {
     case Dtype::kFloat32: return typed((float*)nullptr);
     case Dtype::kBFloat16: return typed((bfloat16*)nullptr);
