@@ -181,6 +181,13 @@ def gencode(archs: list[str]) -> list[str]:
 # ---- building ------------------------------------------------------------------------------------------------------
 
 
+def nvcc(toolkit: Toolkit, compiler: list[str]) -> list[str]:
+    """The command that compiles a .cu, but for the architectures."""
+    host = next(word for word in compiler if Path(word).name not in ("ccache", "sccache"))
+    ccbin = [] if os.environ.get("NVCC_CCBIN") else [f"-ccbin={host}"]
+    return [str(toolkit.nvcc), *NVCC_FLAGS, *ccbin, f"-I{CSRC}"]
+
+
 class Ninja:
     """One build.ninja: compile edges with header dependencies, and one link edge per module."""
 
@@ -285,10 +292,7 @@ class BuildExt(build_ext):
         say(f"building dlops._cuda for {', '.join(archs)} with CUDA {toolkit.version} in {toolkit.root}")
         if built_for.split(".")[0] != toolkit.version.split(".")[0]:
             say(f"torch was built for CUDA {built_for}; dlops._cuda will need a driver for CUDA {toolkit.version}")
-        host = next(word for word in compiler if Path(word).name not in ("ccache", "sccache"))
-        ccbin = [] if os.environ.get("NVCC_CCBIN") else [f"-ccbin={host}"]
-        nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *ccbin, f"-I{CSRC}", *gencode(archs)]
-        objects = ninja.compile("cuda_nvcc", nvcc, _sources("cuda/*.cu"))
+        objects = ninja.compile("cuda_nvcc", [*nvcc(toolkit, compiler), *gencode(archs)], _sources("cuda/*.cu"))
         command = [*compiler, *CXX_FLAGS, *PATH_FLAGS, *torch.compile, *toolkit.compile]
         bind = [source for source in _sources("bind/*.cpp") if source.name.startswith(("cuda_", "check"))]
         objects += ninja.compile("cuda_bind", [*command, f'-DDLOPS_CUDA_ARCHS="{";".join(archs)}"'], bind)

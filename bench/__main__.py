@@ -1,4 +1,7 @@
-"""``python -m bench``: measure dlops beside torch eager, torch.compile and installed peers."""
+"""``python -m bench``: measure dlops beside torch eager, torch.compile and installed peers.
+
+With ``--static`` nothing is measured: every kernel is compiled for every chip and its code checked, with no GPU.
+"""
 
 import argparse
 import logging
@@ -15,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import measure, report, rows, runner
 from bench.case import DEVICE_DTYPES, DTYPES, jobs, select
+from bench.static import report as static
+from bench.static.check import check
 
 DOCS = Path(__file__).parent.parent / "docs" / "performance.md"
 ALL = "all known machines"
@@ -61,20 +66,52 @@ def parser() -> argparse.ArgumentParser:
         "--docs", nargs="?", type=Path, const=DOCS, metavar="F", help="write docs/performance.md from bench/results/"
     )
     p.add_argument("--missing", nargs="?", const=ALL, metavar="MACHINE", help="list what bench/results/ has no row for")
+    p.add_argument("--static", action="store_true", help="compile the kernels for every chip and gate them")
     p.add_argument("--list", action="store_true", help="list the cases")
     return p
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+def gate_kernels(args: argparse.Namespace, console: Console) -> int:
+    """--static: prints and keeps the rows; 1 if a gate failed."""
+    if args.json == Path():
+        raise ValueError("--static --json needs a file")
+    with progress_bar(console) as progress:
+        task = progress.add_task("finding the kernels", total=None)
+        found = check(
+            args.names,
+            args.all,
+            lambda name, n, of: progress.update(task, description=f"compiling {name}", completed=n, total=of),
+        )
+    static.show(found, console)
+    if args.json:
+        static.save(found, args.json)
+    return 1 if found.failures() else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    if args.static:
+        try:
+            return gate_kernels(args, console)
+        except ValueError as error:
+            p.error(str(error))
+        except KeyboardInterrupt:
+            console.print("interrupted; what was compiled is kept")
+            return 130
     try:
         cases = select(args.names)
     except ValueError as error:
         p.error(str(error))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
     if args.list:
         for case in cases:
             shapes = {device: [case.describe(s) for s in found] for device, found in case.shapes.items() if found}
@@ -106,9 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
 
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("measuring this machine's ceilings", total=len(todo))
         run = rows.Run(measure.machine(device), measure.ceilings(device, dtypes))
         path = None

@@ -11,6 +11,7 @@ import triton.language as tl
 FROM_OUTPUT = ("none", "step", "sign", "relu", "sigmoid", "tanh")
 FROM_INPUT = ("leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "relu2", "hardswish", "mish", "softplus")
 ACTIVATIONS = FROM_OUTPUT + FROM_INPUT
+COSTLIEST = "softplus"  # in registers, of those that a fused kernel computes
 FLAT = ("step", "sign")  # their gradient is zero everywhere
 
 LOG2E = tl.constexpr(1.4426950408889634)

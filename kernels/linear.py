@@ -6,6 +6,7 @@ accumulators, maxout_linear multiplies with one piece after another and keeps th
 """
 
 import math
+from itertools import product
 
 import torch
 import triton
@@ -13,11 +14,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .activation import activate
+from .activation import ACTIVATIONS, COSTLIEST
 from .linear_backward import gated_linear_backward, linear_act_backward, maxout_linear_backward
-from .linear_tiles import EPILOGUE_COLUMNS, GROUP_M, MAX_BLOCK_K, TMA_ARCH, TMA_MIN_ROWS, TMA_MIN_WORK, Tile, tile_for
-from .matmul import add_bias, load_tile, multiply_add, store_tile, tile_origin
-from .runtime import FP_FUSION, as_rows, device_of, on_device, unsupported
+from .linear_tiles import (
+    EPILOGUE_COLUMNS,
+    GROUP_M,
+    MAX_BLOCK_K,
+    TMA_MIN_ROWS,
+    TMA_MIN_WORK,
+    Tile,
+    may_use_tma,
+    tile_for,
+    tiles_of,
+)
+from .matmul import add_bias, finish, finish_gated, load_tile, multiply_add, store_tile, tile_origin
+from .runtime import ALL_REGISTERS, FP_FUSION, as_rows, device_of, on_device, unsupported
 
 __all__ = [
     "gated_linear",
@@ -28,30 +39,6 @@ __all__ = [
     "maxout_linear_backward",
     "unsupported",
 ]
-
-
-@triton.jit
-def finish(
-    acc,
-    bias,
-    y,
-    pre,
-    row,
-    col,
-    M,
-    N,
-    p0,
-    p1,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """linear_act's epilogue on one accumulator: bias, activation, stores (arguments as linear_act_kernel's)."""
-    acc = add_bias(acc, bias, col, 1, 0, N, BLOCK_N)
-    if pre is not None:
-        store_tile(pre, acc, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
-    store_tile(y, activate(acc, p0, p1, ACTIVATION), row, col, M, N, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,14 +80,7 @@ def linear_act_kernel(
                     total += acc
                     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc += total
-        # Half at a time: two tiles of results beside the accumulator would not fit the registers.
-        if BLOCK_N > EPILOGUE_COLUMNS:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            finish(left, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N // 2, TMA)
-            finish(right, bias, y, pre, row, col + BLOCK_N // 2, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N // 2, TMA)
-        else:
-            finish(acc, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA)
+        finish(acc, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -140,12 +120,9 @@ def gated_linear_kernel(
             acc_gate = multiply_add(a, b, acc_gate, PRECISION)
             b = load_tile(weight_up, col, k, 0, N, K, stride_up, BLOCK_N, BLOCK_K, EVEN_K, TMA)
             acc_up = multiply_add(a, b, acc_up, PRECISION)
-        acc_gate = add_bias(acc_gate, bias_gate, col, 1, 0, N, BLOCK_N)
-        acc_up = add_bias(acc_up, bias_up, col, 1, 0, N, BLOCK_N)
-        if gate is not None:
-            store_tile(gate, acc_gate, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
-            store_tile(up, acc_up, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
-        store_tile(y, activate(acc_gate, p0, p1, ACTIVATION) * acc_up, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+        finish_gated(
+            acc_gate, acc_up, bias_gate, bias_up, y, gate, up, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -218,7 +195,7 @@ class _Plan:
         x, stride_x = as_rows(x, K)
         weights = [w if w.stride(1) == 1 or K <= 1 else w.contiguous() for w in weights]
         if tma is None:
-            tma = device.arch >= TMA_ARCH and M * N * K >= TMA_MIN_WORK and M >= TMA_MIN_ROWS and arithmetic != "ieee"
+            tma = may_use_tma(arithmetic, device.arch) and M * N * K >= TMA_MIN_WORK and M >= TMA_MIN_ROWS
         if tma:
             x = x if x.dim() == 2 else x.view(M, K)
             apart = kind != "maxout" or K % (tile.block_k if tile else MAX_BLOCK_K) == 0  # else a tile spans two pieces
@@ -231,7 +208,12 @@ class _Plan:
         self.strides = [w.stride(0) for w in weights]
         precision = "ieee" if arithmetic == "ieee" else "tf32"  # halves have the one
         self.constants = (precision, tile.block_m, tile.block_n, tile.block_k, GROUP_M, K % tile.block_k == 0, tma)
-        self.options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": FP_FUSION}
+        self.options = {
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "maxnreg": ALL_REGISTERS,
+            "enable_fp_fusion": FP_FUSION,
+        }
 
     def inputs(self) -> list[Tensor | TensorDescriptor]:
         """x and the weights as the kernel takes them."""
@@ -343,3 +325,24 @@ def maxout_linear(
         *plan.inputs(), bias, y, index, *plan.sizes, num_pieces, *plan.constants, **plan.options
     )
     return y, index
+
+
+def sweep(dtype: torch.dtype, full: bool) -> None:
+    """Launches every kernel in every tile, for offline compilation: in the costliest form, or with `full` in all."""
+    M = N = 4096
+    bias, activations = torch.empty(N, dtype=dtype), ACTIVATIONS if full else (COSTLIEST,)
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high") if dtype == torch.float32 else (before,):
+        torch.set_float32_matmul_precision(precision)
+        arithmetic, arch = arithmetic_of(dtype), device_of(bias).arch
+        for tma, K in product((True, False) if may_use_tma(arithmetic, arch) else (False,), (N, N + 16)):
+            if not full and tma != (K == N):  # a tail costs pointers their masks, descriptors nothing
+                continue
+            x, weight, pieces = (torch.empty(rows, K, dtype=dtype) for rows in (M, N, 2 * N))
+            for tile, activation in product(tiles_of("linear", arithmetic, arch, tma), activations):
+                linear_act(x, weight, bias, activation, [], True, tile=tile, tma=tma)
+            for tile, activation in product(tiles_of("gated", arithmetic, arch, tma), activations):
+                gated_linear(x, weight, weight, bias, bias, activation, [], True, tile=tile, tma=tma)
+            for tile in tiles_of("maxout", arithmetic, arch, tma):
+                maxout_linear(x, pieces, torch.empty(2 * N, dtype=dtype), 2, tile=tile, tma=tma)
+    torch.set_float32_matmul_precision(before)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import FLAT, FROM_OUTPUT, activate, activate_grad
+from .activation import ACTIVATIONS, COSTLIEST, FLAT, FROM_OUTPUT, activate, activate_grad
 from .reduction import sum_partials, sum_rows
-from .runtime import FP_FUSION, as_rows, device_of, on_device, rounded
+from .runtime import ALL_REGISTERS, FP_FUSION, as_rows, device_of, on_device, rounded
 
 BLOCK_M, BLOCK_N, NUM_WARPS, STAGES = 16, 128, 4, 2
 PER_SM = 4  # programs for each SM
@@ -109,6 +109,20 @@ def gate_backward_kernel(
         store_partial(dbias_up, acc_up, part, cols, N, BLOCK_M, BLOCK_N)
 
 
+@triton.jit
+def load_repeated(src, rows, col, M, N, stride, PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile at column col of N whose columns are those of src (M, N / PIECES), each repeated PIECES times."""
+    if BLOCK_N % PIECES == 0:  # whole outputs: 16 bytes at a time
+        outs = col // PIECES + tl.arange(0, BLOCK_N // PIECES)
+        mask = (rows < M)[:, None] & (outs < N // PIECES)[None, :]
+        values = tl.load(src + rows[:, None] * stride + outs[None, :], mask=mask, other=0)
+        return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_M, BLOCK_N // PIECES, PIECES)), (BLOCK_M, BLOCK_N))
+    else:
+        cols = col + tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        return tl.load(src + rows[:, None] * stride + (cols // PIECES)[None, :], mask=mask, other=0)
+
+
 @triton.jit(do_not_specialize=["M", "tiles"])
 def maxout_backward_kernel(
     dy,  # (M, N / PIECES) gradient of y
@@ -123,15 +137,15 @@ def maxout_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    outs = cols // PIECES
+    col = tl.program_id(0) * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(0, tiles):
         rows = (part.to(tl.int64) * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        grad = tl.load(dy + rows[:, None] * stride_dy + outs[None, :], mask=mask, other=0.0).to(tl.float32)
-        best = tl.load(index + rows[:, None] * (N // PIECES) + outs[None, :], mask=mask, other=0)
+        grad = load_repeated(dy, rows, col, M, N, stride_dy, PIECES, BLOCK_M, BLOCK_N).to(tl.float32)
+        best = load_repeated(index, rows, col, M, N, N // PIECES, PIECES, BLOCK_M, BLOCK_N)
         grad = tl.where(best == (cols % PIECES)[None, :], grad, 0.0)
         if dpre is not None:
             tl.store(dpre + rows[:, None] * N + cols[None, :], rounded(grad, dpre.dtype.element_ty), mask=mask)
@@ -225,7 +239,8 @@ def gated_linear_backward(
     gate_backward_kernel[grid](
         rows, gate.contiguous(), up.contiguous(), dgate, dup, partials[0] if want_bias_gate else None,
         partials[-1] if want_bias_up else None, M, N, tiles, stride_dy, float(p0), float(p1), activation,
-        activation in FROM_OUTPUT, BLOCK_M, BLOCK_N, STAGES, num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION,
+        activation in FROM_OUTPUT, BLOCK_M, BLOCK_N, STAGES,
+        num_warps=NUM_WARPS, maxnreg=ALL_REGISTERS, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     totals = iter(sum_partials(partials, sums, x.dtype) if sums else ())
     dbias_gate = next(totals) if want_bias_gate else _empty(x)
@@ -256,3 +271,13 @@ def maxout_linear_backward(
     )  # fmt: skip
     dbias = sum_partials(partials, 1, x.dtype)[0] if partials is not None else _empty(x)
     return *_products(dpre, x.reshape(M, K), weight, x.shape, want_x, want_weight), dbias
+
+
+def sweep(dtype: torch.dtype, full: bool) -> None:
+    """Launches every kernel, for offline compilation: in the costliest form, or with `full` in all."""
+    M = N = 4096
+    y, x, weight, pieces = (torch.empty(rows, N, dtype=dtype) for rows in (M, M, N, 2 * N))
+    for activation in ACTIVATIONS if full else (COSTLIEST,):
+        linear_act_backward(y, x, weight, y, activation, [], [True, True, True])
+        gated_linear_backward(y, x, weight, weight, y, y, activation, [], [True] * 5)
+    maxout_linear_backward(y, x, pieces, torch.empty(M, N, dtype=torch.int64), 2, [True, True, True])

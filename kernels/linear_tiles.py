@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 # setting says. The 16- and 32-row tiles are for decoding: they only have to keep enough bytes of the weight in flight.
 _IEEE = (
     Tile(64, 64, 16, 4, 3, 2),
-    Tile(32, 32, 16, 4, 4, 4),
+    Tile(32, 32, 32, 4, 3, 4),
     Tile(16, 32, 32, 4, 4, 4),
 )
 _FEW_ROWS = (
@@ -74,7 +74,7 @@ TILES = {
         "half": (
             Tile(128, 256, 64, 8, 3, 1),
             Tile(128, 128, 64, 8, 4, 1),
-            Tile(128, 64, 64, 4, 4, 2),
+            Tile(128, 64, 64, 8, 4, 2),
             Tile(64, 64, 64, 4, 4, 3),
             *_FEW_ROWS,
         ),
@@ -103,7 +103,7 @@ TILES = {
     },
 }
 GROUP_M = 8  # rows of tiles that are walked together, so that they share the weight's columns in the L2 cache
-EPILOGUE_COLUMNS = tl.constexpr(128)  # of wider tiles the epilogue takes half at a time
+EPILOGUE_COLUMNS = tl.constexpr(64)  # of a tile, that the epilogue takes at a time
 MAX_POINTER_TILE = 128 * 128  # larger tiles come by TMA only: the addresses of the others fill the registers
 MAX_BLOCK_K = 64  # of the tiles that come by TMA
 TMA_ARCH = 90  # the first with bulk tensor copies
@@ -114,6 +114,11 @@ TMA_MIN_WORK = 2**30  # M N K: below, encoding the descriptors on the host costs
 def arch_of(arch: int) -> int:
     """The newest architecture with a table that is not newer than this one."""
     return max((known for known in TILES if known <= arch), default=min(TILES))
+
+
+def may_use_tma(arithmetic: str, arch: int) -> bool:
+    """Whether the tables have tiles that come by TMA: full float32 is bound by its arithmetic."""
+    return arch >= TMA_ARCH and arithmetic != "ieee"
 
 
 def gated(tile: Tile) -> Tile:
@@ -129,14 +134,17 @@ def maxout(tile: Tile) -> Tile:
 SHAPED = {"linear": lambda tile: tile, "gated": gated, "maxout": maxout}
 
 
+def tiles_of(kind: str, arithmetic: str, arch: int, tma: bool) -> list[Tile]:
+    """The table of one kernel, largest tile first; by TMA also the tiles too large for pointers, none of few rows."""
+    fits = [t for t in TILES[arch_of(arch)][arithmetic] if tma or t.block_m * t.block_n <= MAX_POINTER_TILE]
+    return [SHAPED[kind](tile) for tile in fits if not tma or tile.block_m >= TMA_MIN_ROWS]
+
+
 @functools.lru_cache(maxsize=4096)
 def tile_for(kind: str, arithmetic: str, M: int, N: int, arch: int, num_sms: int, tma: bool) -> Tile:
     """The largest tile no taller than M that gives every SM work, else the one that gives work to most."""
-    tiles = [t for t in TILES[arch_of(arch)][arithmetic] if tma or t.block_m * t.block_n <= MAX_POINTER_TILE]
-    tiles = [SHAPED[kind](tile) for tile in tiles]
-    rows = max(16, triton.next_power_of_2(M))
-    least = 64 if tma else min(rows, 32)
-    tiles = [tile for tile in tiles if least <= tile.block_m <= max(rows, least)]
+    rows = max(TMA_MIN_ROWS if tma else 16, triton.next_power_of_2(M))
+    tiles = [t for t in tiles_of(kind, arithmetic, arch, tma) if min(rows, 32) <= t.block_m <= rows]
 
     def count(tile: Tile) -> int:
         return triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)

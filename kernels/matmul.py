@@ -1,8 +1,10 @@
-"""Device functions of the fused matrix products: which tile, its loads and stores by TMA or pointers, its product."""
+"""Device functions of the fused matrix products: which tile, its loads and stores by TMA or pointers, the epilogues."""
 
 import triton
 import triton.language as tl
 
+from .activation import activate
+from .linear_tiles import EPILOGUE_COLUMNS
 from .runtime import INTERPRETED, rounded
 
 
@@ -55,6 +57,12 @@ def store_tile(dst, value, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def split_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the tile (BLOCK_M, BLOCK_N)."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def add_bias(acc, bias, col, scale: tl.constexpr, offset, N, BLOCK_N: tl.constexpr):
     """acc plus bias[cols * scale + offset] of each column, in float32; acc itself without a bias."""
     if bias is None:
@@ -71,3 +79,74 @@ def multiply_add(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc)
     else:
         return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def finish(
+    acc,
+    bias,
+    y,
+    pre,
+    row,
+    col,
+    M,
+    N,
+    p0,
+    p1,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """linear_act's epilogue: bias, activation, stores (arguments as linear_act_kernel's)."""
+    # Part by part: several tiles of results beside the accumulator would not fit the registers.
+    if BLOCK_N > EPILOGUE_COLUMNS:
+        left, right = split_columns(acc, BLOCK_M, BLOCK_N)
+        HALF: tl.constexpr = BLOCK_N // 2
+        finish(left, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, HALF, TMA)
+        finish(right, bias, y, pre, row, col + HALF, M, N, p0, p1, ACTIVATION, BLOCK_M, HALF, TMA)
+    else:
+        acc = add_bias(acc, bias, col, 1, 0, N, BLOCK_N)
+        if pre is not None:
+            store_tile(pre, acc, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+        store_tile(y, activate(acc, p0, p1, ACTIVATION), row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+
+
+@triton.jit
+def finish_gated(
+    acc_gate,
+    acc_up,
+    bias_gate,
+    bias_up,
+    y,
+    gate,
+    up,
+    row,
+    col,
+    M,
+    N,
+    p0,
+    p1,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """gated_linear's epilogue, in parts as finish's (arguments as gated_linear_kernel's)."""
+    if BLOCK_N > EPILOGUE_COLUMNS:
+        gate0, gate1 = split_columns(acc_gate, BLOCK_M, BLOCK_N)
+        up0, up1 = split_columns(acc_up, BLOCK_M, BLOCK_N)
+        HALF: tl.constexpr = BLOCK_N // 2
+        finish_gated(
+            gate0, up0, bias_gate, bias_up, y, gate, up, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, HALF, TMA
+        )
+        finish_gated(
+            gate1, up1, bias_gate, bias_up, y, gate, up, row, col + HALF, M, N, p0, p1, ACTIVATION, BLOCK_M, HALF, TMA
+        )
+    else:
+        acc_gate = add_bias(acc_gate, bias_gate, col, 1, 0, N, BLOCK_N)
+        acc_up = add_bias(acc_up, bias_up, col, 1, 0, N, BLOCK_N)
+        if gate is not None:
+            store_tile(gate, acc_gate, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+            store_tile(up, acc_up, row, col, M, N, BLOCK_M, BLOCK_N, TMA)
+        store_tile(y, activate(acc_gate, p0, p1, ACTIVATION) * acc_up, row, col, M, N, BLOCK_M, BLOCK_N, TMA)

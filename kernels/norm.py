@@ -204,3 +204,14 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, total, mean, rstd): layer_norm of total = x + residual."""
     return _forward(x, residual, weight, bias, eps, True)
+
+
+def sweep(dtype: torch.dtype, full: bool) -> None:
+    """Launches every kernel in every tile, for offline compilation: in the costliest form, or with `full` in all."""
+    for D in (*FORWARD, 2 * MAX_WIDTH):
+        x, weight = torch.empty(64, D, dtype=dtype), torch.empty(D, dtype=dtype)
+        add_layer_norm(x, x, weight, weight, 1e-5)
+        if full:
+            layer_norm(x, None, None, 1e-5)
+            add_rms_norm(x, x, weight, 1e-5)
+            rms_norm(x, weight, 1e-5)

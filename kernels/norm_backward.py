@@ -199,3 +199,14 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) of those asked for; dx includes dsum, the gradient that reaches x past the norm."""
     return _backward(dy, x, weight, mean, rstd, dsum, *output_mask)
+
+
+def sweep(dtype: torch.dtype, full: bool) -> None:
+    """Launches every kernel in every tile, for offline compilation: in the costliest form, or with `full` in all."""
+    for D in (*BACKWARD, 2 * MAX_WIDTH):
+        x, weight, stat = torch.empty(64, D, dtype=dtype), torch.empty(D, dtype=dtype), torch.empty(64)
+        layer_norm_backward(x, x, weight, stat, stat, x, [True, True, True])
+        if full:
+            layer_norm_backward(x, x, None, stat, stat, None, [True, False, False])
+            rms_norm_backward(x, x, weight, stat, x, [True, True])
+            rms_norm_backward(x, x, weight, stat, None, [False, True])

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED_SMS = 4  # small, so that persistent loops take several turns on small tests
-INTERPRETED_ARCH = 90
+ALL_REGISTERS = 255  # of a thread, of at most 8 warps: by itself the compiler spills a few to fit one more block
 FP_FUSION = True  # a*b+c is one rounding, on every Triton version and whatever its default
 
 
@@ -40,6 +39,11 @@ class Device(NamedTuple):
     num_sms: int
 
 
+# What launches on tensors of no GPU are configured for. The interpreter: few SMs, so that persistent loops take several
+# turns on small tests. Whoever compiles for a chip that is not there says which.
+offline = Device(arch=90, num_sms=4)
+
+
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
@@ -48,7 +52,7 @@ def _cuda_device(index: int) -> Device:
 
 def device_of(x: Tensor) -> Device:
     """The architecture and number of SMs that a launch on x's device is configured for."""
-    return _cuda_device(x.get_device()) if x.is_cuda else Device(INTERPRETED_ARCH, INTERPRETED_SMS)
+    return _cuda_device(x.get_device()) if x.is_cuda else offline
 
 
 def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,5 +37,5 @@ def test_dlops_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_import_only_torch_and_triton(path: Path) -> None:
-    standard = {"math", "functools", "dataclasses", "collections", "typing", "enum", "__future__"}
+    standard = {"math", "functools", "itertools", "dataclasses", "collections", "typing", "enum", "__future__"}
     assert {name.split(".")[0] for name in imports(path)} <= {"torch", "triton"} | standard
