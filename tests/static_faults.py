@@ -4,10 +4,14 @@ In a process of its own: the tests' Triton kernels are interpreted, these must b
 """
 
 import json
+import sys
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+
+sys.path.append(str(Path(__file__).parent.parent))  # for bench; the last, since dlops may be installed elsewhere
 
 from bench.static import jit
 from bench.static.chip import CHIPS
