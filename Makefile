@@ -12,7 +12,7 @@ PIP := -m pip --disable-pip-version-check
 # What pyproject.toml's [build-system] would fetch for an isolated build.
 BUILD_REQUIRES := "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" ninja numpy
 
-.PHONY: bench test sanitize sanitize-host lint docs gpu gpu-test gpu-bench gpu-sanitize gpu-build wheel check-abi test-oldest wheel-smoke clean
+.PHONY: bench test mutate sanitize sanitize-host lint docs gpu gpu-test gpu-bench gpu-sanitize gpu-build wheel check-abi test-oldest wheel-smoke clean
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/built
@@ -20,6 +20,10 @@ bench: $(VENV)/built
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n $(WORKERS)
+
+# Breaks kernels on purpose, and expects the tests to notice: all, or those whose file and name contain the words of KERNEL.
+mutate: $(VENV)/built
+	WORKERS=$(WORKERS) $(PY) tests/mutations $(KERNEL)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

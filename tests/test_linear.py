@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import dlops
 import dlops.functional as F
+from dlops import backend
 from dlops.ops import linear
-from dlops.ops.activation import ACTIVATIONS, FROM_OUTPUT, activate, activation_params
-from dlops.testing import Make, samples
+from dlops.ops.activation import ACTIVATIONS, FROM_OUTPUT, activate, activate_backward, activation_params
+from dlops.testing import DTYPES, RATIO, Make, check_ratios, error_ratio, samples
 
-# x's leading shape, out_features, in_features: odd sizes, tile edges +-1, one element, empty; LONG: a long reduction.
+# x's leading shape, out_features, in_features: odd sizes, tile edges +-1, one element, empty; LONG: a long
+# reduction, which kernels split, and more outputs than a block of the smallest tile has.
 SHAPES = [
     ((), 3, 5),
     ((1,), 1, 1),
@@ -24,7 +27,10 @@ SHAPES = [
     ((2, 3), 31, 64),
     ((2, 1, 2, 1), 5, 9),
 ]
-LONG = ((9,), 24, 8200)
+LONG = ((9,), 33, 8200)
+# Rows and columns of gradients: several tiles of both in each program; more columns than a block has. Without dx, which
+# is a library's product alone.
+MANY = [(67, 520), (18, 2104)]
 OPTIONS = {"leaky_relu": [0.2], "elu": [0.7], "softplus": [1.5, 3.0]}
 
 
@@ -53,6 +59,7 @@ def gated_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield make(5, 6), make(9, 6), make(9, 6), make(9), make(9), activation, params, True
     for lead, n, k in SHAPES:
         yield make(*lead, k), make(n, k), make(n, k), None, None, "silu", [], True
+    yield make(9, 1100), make(33, 1100), make(33, 1100), make(33), make(33), "gelu", [], True
     yield make(3, 4), make(5, 4), make(5, 4), make(5), None, "gelu", [], False
     yield make(3, 4), make(5, 4), make(5, 4), None, make(5), "gelu", [], False
 
@@ -61,8 +68,8 @@ def gated_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
 def maxout_linear_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for lead, n, k in SHAPES:
         yield make(*lead, k), make(3 * n, k), make(3 * n), 3
-    yield make(4, 6), make(10, 6), None, 1
-    yield make(4, 6), make(10, 6), None, 5
+    for num_pieces in (1, 2, 4, 5):
+        yield make(4, 6), make(20, 6), None, num_pieces
 
 
 @samples(linear.linear_act_backward, degree=6)
@@ -73,6 +80,8 @@ def linear_act_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield make(*y.shape), x, weight, saved, activation, params, [True, True, bias is not None]
     for mask in ([True, False, False], [False, True, False], [False, False, True]):
         yield make(3, 5), make(3, 4), make(5, 4), make(3, 5), "gelu", [], mask
+    for m, n in MANY:
+        yield make(m, n), make(m, 2), make(n, 2), make(m, n), "gelu", [], [False, True, True]
 
 
 @samples(linear.gated_linear_backward, degree=8)
@@ -86,6 +95,9 @@ def gated_linear_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for i in range(5):
         mask = [j == i for j in range(5)]
         yield make(3, 5), make(3, 4), make(5, 4), make(5, 4), make(3, 5), make(3, 5), "silu", [], mask
+    for m, n in MANY:
+        gate, up = make(m, n), make(m, n)
+        yield make(m, n), make(m, 2), make(n, 2), make(n, 2), gate, up, "silu", [], [False] + [True] * 4
 
 
 @samples(linear.maxout_linear_backward, degree=4)
@@ -93,6 +105,46 @@ def maxout_linear_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, num_pieces in maxout_linear_samples(make):
         y, index = linear.maxout_linear.definition(x, weight, bias, num_pieces)
         yield make(*y.shape), x, weight, index, num_pieces, [True, True, bias is not None]
+
+
+def cpu_passes(x: Tensor, up: Tensor, dy: Tensor, activation: str) -> list[Tensor]:
+    ops = torch.ops.dlops_cpu
+    grads = ops.gate_backward(dy, x, up, activation, [], False)[:2]
+    return [ops.act(x, activation, []), ops.gate(x, up, activation, []), *grads]
+
+
+def passes(x: Tensor, up: Tensor, dy: Tensor, activation: str) -> list[Tensor]:
+    y = activate(x, activation, [])
+    return [y, y * up, activate_backward(dy * up, x, activation, []), dy * y]
+
+
+@pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_passes_of_the_cpu(dtype: torch.dtype) -> None:
+    """In every dtype, although products of halves may come in float32, and of rows that are not adjacent."""
+    given = [torch.randn(40, 1500 + gap).to(dtype)[:, :1500] for gap in (0, 3, 5)]
+    double = [t.double() for t in given]
+    for activation in ("gelu", "gelu_tanh"):
+        results = [cpu_passes(*given, activation), passes(*given, activation), passes(*double, activation)]
+        for y, yd, y64 in zip(*results, strict=True):
+            assert max(error_ratio(y, yd, y64)) <= RATIO
+
+
+@pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_passes_too_large_for_the_caches(dtype: torch.dtype) -> None:
+    """The CPU's kernels write them past the caches, which only aligned rows allow: the same rows over and over."""
+    rows = [torch.randn(525, 2051 + gap).to(dtype) for gap in (1, 3, 5)]
+    large = cpu_passes(*[x.repeat(8, 1)[:, :2051] for x in rows], "silu")
+    for many, few in zip(large, cpu_passes(*[x[:, :2051] for x in rows], "silu"), strict=True):
+        assert torch.equal(many.view(8, *few.shape), few.expand(8, *few.shape))
+
+
+@pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
+def test_gradients_of_more_rows_than_one_run_sums() -> None:
+    make = Make()
+    args = [make(4200, 9), make(4200, 2), make(9, 2), make(4200, 9), "gelu", [], [True] * 3]
+    check_ratios(linear.linear_act_backward, [args], "cpu")
 
 
 @pytest.mark.parametrize("size", [3, 600])
@@ -107,6 +159,20 @@ def test_equal_to_the_composition(activation: str, size: int) -> None:
         F.gated_linear(x, weight, weight - 1, bias, None, activation), activate(pre, activation, params) * up
     )
     torch.testing.assert_close(F.maxout_linear(x, weight, bias, 7), pre.unflatten(-1, (10, 7)).amax(-1))
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
+def test_maxout_takes_the_first_of_equals_and_nan_before_all(name: str) -> None:
+    x, weight, bias = torch.randn(5, 6), torch.randn(9, 6), torch.randn(9)
+    bias[1] = float("nan")  # the second piece of the first output
+    weight[5], bias[5], bias[3] = weight[4], bias[4], -100  # of the second, two equal pieces are the greatest
+    if reason := backend.refusal(linear.maxout_linear, name, (x, weight, bias, 3)):
+        pytest.skip(reason)
+    y, index = linear.maxout_linear.definition(x, weight, bias, 3)
+    assert y[:, 0].isnan().all() and (index[:, :2] == 1).all()
+    with dlops.use_backend(name):
+        found = linear.maxout_linear(x, weight, bias, 3)
+    torch.testing.assert_close(found, (y, index), equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])

@@ -11,11 +11,12 @@ import dlops
 import dlops.functional as F
 from dlops import backend
 from dlops.ops import norm
-from dlops.testing import Make, samples
+from dlops.testing import Make, check_ratios, samples
 
-# Odd sizes, tile edges +-1, one element, empty, long rows, 1-d to 5-d.
+# Odd sizes, tile edges +-1, one element, empty, 1-d to 5-d.
 SHAPES = [(7,), (1, 1), (9, 5), (2, 0), (0, 8), (9, 127), (9, 128), (9, 129), (3, 4, 513), (2, 1, 3, 2, 9)]
 LONG = (5, 8193)
+LONGEST = (2, 20_001)  # more than any kernel holds, in several chunks
 
 
 def _parameters(make: Make, *shapes: tuple[int, ...]) -> Iterator[tuple[Tensor | None, ...]]:
@@ -30,6 +31,7 @@ def rms_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
             yield make(*shape), weight, 1e-6
     yield make(3, 9), make(9), 0.0
     yield make(*LONG), make(*LONG[1:]), 1e-6
+    yield make(*LONGEST), None, 1e-6
 
 
 @samples(norm.layer_norm)
@@ -40,6 +42,7 @@ def layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield make(3, 9), make(9), None, 1e-3
     yield make(3, 9), None, make(9), 1e-3
     yield make(*LONG), make(*LONG[1:]), make(*LONG[1:]), 1e-5
+    yield make(*LONGEST), None, None, 1e-5
 
 
 @samples(norm.add_rms_norm)
@@ -57,6 +60,8 @@ def add_layer_norm_samples(make: Make) -> Iterator[tuple[Any, ...]]:
 @samples(norm.rms_norm_backward, degree=6)
 def rms_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, eps in rms_norm_samples(make):
+        if x.shape == LONGEST:
+            continue
         rstd = norm.rms_norm.definition(x, weight, eps)[1]
         for dsum in (None, make(*x.shape))[: 1 if x.shape == LONG else 2]:
             yield make(*x.shape), x, weight, rstd, dsum, [True, weight is not None]
@@ -69,6 +74,8 @@ def rms_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
 @samples(norm.layer_norm_backward, degree=6)
 def layer_norm_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, eps in layer_norm_samples(make):
+        if x.shape == LONGEST:
+            continue
         _, mean, rstd = norm.layer_norm.definition(x, weight, bias, eps)
         for dsum in (None, make(*x.shape))[: 1 if x.shape == LONG else 2]:
             yield make(*x.shape), x, weight, mean, rstd, dsum, [True, weight is not None, bias is not None]
@@ -108,6 +115,45 @@ def test_a_row_of_one_value_is_zero(width: int) -> None:
         if backend.refusal(norm.layer_norm, name, (x, None, None, 1e-5)) is None:
             with dlops.use_backend(name):
                 assert F.layer_norm(x, [width]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_sum_is_rounded_once(dtype: torch.dtype, device: str) -> None:
+    """To the nearest, ties to even, bit for bit as by torch."""
+    x = torch.randn(40, 65, dtype=dtype, device=device).t()
+    residual = torch.randn(65, 44, dtype=dtype, device=device)[:, :40]
+    x[0, 0] = float("nan")
+    for name in ("cpu", "triton", "cuda"):
+        if backend.refusal(norm.add_rms_norm, name, (x, residual, None, 1e-5)) is None:
+            with dlops.use_backend(name):
+                _, total, _ = norm.add_rms_norm(x, residual, None, 1e-5)
+            torch.testing.assert_close(total, x + residual, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
+@pytest.mark.parametrize("width", [2048, 2051])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_too_large_for_the_caches(dtype: torch.dtype, width: int) -> None:
+    """The CPU's kernels write them past the caches, which only aligned rows allow: the same rows over and over."""
+    make = Make(dtype)
+    rows, weight = [make(525, width) for _ in range(3)], make(width)
+
+    def results(dy: Tensor, x: Tensor, residual: Tensor) -> list[Tensor]:
+        with dlops.use_backend("cpu"):
+            y, total, mean, rstd = norm.add_layer_norm(x, residual, weight, weight, 1e-5)
+            dx, *_ = norm.layer_norm_backward(dy, total, weight, mean, rstd, None, [True, False, False])
+        return [y, total, dx]
+
+    for large, small in zip(results(*[x.repeat(8, 1) for x in rows]), results(*rows), strict=True):
+        assert torch.equal(large.view(8, *small.shape), small.expand(8, *small.shape))
+
+
+@pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
+def test_gradients_of_more_rows_than_one_run_sums() -> None:
+    make = Make()
+    dy, x, weight = make(4200, 9), make(4200, 9), make(9)
+    _, mean, rstd = norm.layer_norm.definition(x, weight, None, 1e-5)
+    check_ratios(norm.layer_norm_backward, [[dy, x, weight, mean, rstd, None, [True] * 3]], "cpu")
 
 
 def test_modules_share_torch_state_dicts() -> None:
