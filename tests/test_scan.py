@@ -57,7 +57,8 @@ def arguments(
     if delta_bias is not None and not softplus:
         delta_bias = delta_bias.abs()
     A = state(dim, dstate)
-    A = torch.complex(-A.real.abs(), A.imag) if A.is_complex() else -A.abs()
+    rate = A.real.abs() + A.real.abs().mean() / 2 if A.numel() else A.real  # no state outlives all others by far
+    A = torch.complex(-rate, A.imag) if A.is_complex() else -rate
     steps = scan._steps(delta, delta_bias, softplus)[0]
     if A.numel() and steps.numel():
         A = A / (steps.double().mean() * A.abs().double().mean())
@@ -90,19 +91,19 @@ def selective_scan_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield arguments(make, 6, 4, 7, (*MAMBA, "initial_state"))
     for i, run in enumerate(PAIRWISE):
         flags = [flag for flag, on in zip(FLAGS, run, strict=True) if on == "1"]
-        yield arguments(make, 6 + 2 * (i % 3), 3 + i % 2, 7 + i % 4, flags)
-    yield (*arguments(make, 2, 2, 3, (*MAMBA, "initial_state"), batch=1)[:-1], False)
-    yield arguments(make, 2, 1, 4, ("z", "grouped", "constant_C", "packed", "complex_A"), batch=1)
+        yield arguments(make, 40 + 2 * (i % 3), 3 + i % 2, 7 + i % 4, flags)
+    yield (*arguments(make, 12, 2, 3, (*MAMBA, "initial_state"), batch=1)[:-1], False)
+    yield arguments(make, 8, 1, 4, ("z", "grouped", "constant_C", "packed", "complex_A"), batch=1)
     for dim, dstate, seqlen in [(1, 1, 1), (2, 3, 0), (7, 1, 3), (8, 2, 9), (9, 5, 3), (16, 4, 8), (33, 6, 7)]:
         yield arguments(make, dim, dstate, seqlen, ("D",))
         yield arguments(make, dim, dstate, seqlen, (*MAMBA, "initial_state"))
     yield arguments(make, 7, 256, 3, ("z", "initial_state"))
     for seqlen in (63, 64, 65):
-        yield arguments(make, 2, 2, seqlen, ("z", "packed", "initial_state"), groups=1)
-    yield arguments(make, 3, 17, 69, MAMBA, batch=1)
-    yield arguments(make, 2, 3, 140, ("packed", "D", "complex_A"), groups=1)
+        yield arguments(make, 15, 2, seqlen, ("z", "packed", "initial_state"), groups=1)
+    yield arguments(make, 14, 17, 69, MAMBA, batch=1)
+    yield arguments(make, 40, 3, 140, ("packed", "D", "complex_A"), groups=1)
     if make.kind == "normal":
-        yield arguments(make, 2, 1, 8192, MAMBA, batch=1)
+        yield arguments(make, 40, 1, 8192, MAMBA, batch=1)
 
 
 @samples(scan.selective_scan_backward, degree=7)
@@ -115,10 +116,10 @@ def selective_scan_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
             dlast_state = make(*last_state.shape).to(last_state.dtype)
         asked = [True] * 5 + [a is not None for a in args[5:9]]
         yield make(*args[0].shape), *tensors, dlast_state, checkpoints, softplus, asked
-        if args[0].shape == (1, 2, 3):
+        if args[0].shape == (1, 12, 3):
             alone = [*tensors, dlast_state, checkpoints, softplus]
     for i in range(9):
-        yield make(1, 2, 3), *alone, [i != j for j in range(9)]
+        yield make(1, 12, 3), *alone, [i != j for j in range(9)]
 
 
 def reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -185,6 +186,96 @@ def test_packed_sequences_equal_a_loop(name: str, complex_A: bool) -> None:
         dys = torch.randn_like(y), torch.randn_like(last)
         packed = torch.autograd.grad((y, last), inputs, dys)
         torch.testing.assert_close(packed, torch.autograd.grad((ys, lasts), inputs, dys), rtol=1e-4, atol=1e-4)
+
+
+needs_cpu = pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "fixed", itertools.product((False, True), repeat=6), ids=lambda on: "".join(map(str, map(int, on)))
+)
+def test_all_combinations_of_flags_on_cpu(fixed: Sequence[bool]) -> None:
+    for free in itertools.product((False, True), repeat=len(FLAGS) - 6):
+        flags = [flag for flag, on in zip(FLAGS, (*fixed, *free), strict=True) if on]
+        if not {"constant_B", "constant_C", "grouped"} <= set(flags):
+            testing.check_ratios(scan.selective_scan, [arguments(Make(), 250, 5, 5, flags)], "cpu")
+
+
+@needs_cpu
+def test_threads_and_blocks_do_not_change_bits() -> None:
+    """Many blocks of channels, several checkpoints: more than one thread has work."""
+    leaves = [
+        a.requires_grad_() if testing._floating(a) else a
+        for a in arguments(Make(torch.float32), 300, 18, 270, (*MAMBA, "initial_state", "grouped"))
+    ]
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with dlops.use_backend("cpu"):
+                y, last, _ = scan.selective_scan(*leaves)
+                inputs = [a for a in leaves if testing._floating(a)]
+                gradients = torch.autograd.grad((y, last), inputs, (torch.ones_like(y), torch.ones_like(last)))
+            results.append((y, last, *gradients))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=0, atol=0)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dstate", [1, 16, 17, 64, 256])
+def test_memory_does_not_grow_with_dstate(dstate: int) -> None:
+    """Checkpoints, and what the backward sums dB and dC from, stay within u's size."""
+    args = arguments(Make(torch.float32), 512, dstate, 1024, MAMBA, batch=1)
+    with dlops.use_backend("cpu"):
+        checkpoints = scan.selective_scan(*args)[2]
+    assert checkpoints.numel() <= args[0].numel() / 4
+
+
+def kernel_decay(exponent: Tensor) -> Tensor:
+    """exp(delta A) as the cpu kernel computes it: after one step, the state that was 1."""
+    dim = len(exponent)
+    zero = torch.zeros(1, dim, 1)
+    one = torch.ones(1, dim, 1, dtype=exponent.dtype)
+    with dlops.use_backend("cpu"):
+        return F.selective_scan(
+            zero, zero + 1, exponent[:, None], one[0], one[0], initial_state=one, return_last_state=True
+        )[1].flatten()
+
+
+@needs_cpu
+def test_the_kernels_exponential() -> None:
+    """The largest error in units of the last place over the whole range, in vectors of moderate exponents or not."""
+    moderate = torch.cat([torch.linspace(-87, 87, 400_000), torch.linspace(-1e-3, 1e-3, 100_001)])
+    whole = torch.cat([torch.linspace(-107, 93, 400_000), torch.randn(100_000) * 40])
+    far = torch.stack([whole, torch.full_like(whole, 92)], 1).flatten()  # every vector has exponents beyond
+    for x in (moderate, far):
+        found, exact = kernel_decay(x), torch.exp(x.double())
+        finite = exact < torch.finfo(torch.float32).max
+        assert found[~finite].isinf().all()
+        found, exact = found[finite].double(), exact[finite]
+        assert found.isfinite().all()
+        ulp = torch.exp2(exact.log2().floor().clamp(min=-126) - 23)
+        assert ((found - exact).abs() / ulp).max() <= 0.9
+    inf, nan = float("inf"), float("nan")
+    assert torch.equal(kernel_decay(torch.tensor([-inf, 0.0, -1e30, inf, 1e30])), torch.tensor([0.0, 1, 0, inf, inf]))
+    assert kernel_decay(torch.tensor([nan] + [-1.0] * 20)).isnan().tolist() == [True] + [False] * 20
+
+
+@needs_cpu
+def test_the_kernels_complex_exponential() -> None:
+    """The largest error of its parts in units of float32's eps, whatever the angle."""
+    for scale in (1, 1e3, 1e6):
+        angle = torch.randn(100_000) * scale
+        found = kernel_decay(torch.complex(torch.zeros_like(angle), angle))
+        exact = torch.polar(torch.ones_like(angle).double(), angle.double())
+        assert torch.view_as_real(found - exact).abs().max() <= 0.75 * torch.finfo(torch.float32).eps
+    for angle in (1e20, float("inf"), float("nan")):
+        found = kernel_decay(torch.tensor([complex(0, angle), complex(-1, 1)]))
+        assert found[0].abs().isfinite() == (angle == 1e20) and found[1].abs().isfinite()
+        assert not found[0].abs() > 1.001
 
 
 def test_no_steps_return_the_initial_state() -> None:

@@ -1,6 +1,6 @@
 // Elementary functions on F = float and, on the host, simd.h's vfloat. No libm call and no
 // branch, so that every loop over them vectorises. Largest error found against float64 with fused multiply-add, in
-// units of the last place: exp and expm1_negative 1.0, sigmoid 2.4, softplus 2.6, tanh 2.2.
+// units of the last place: exp and expm1_negative 1.0, exp2 0.9, sigmoid 2.4, softplus 2.6, tanh 2.2.
 #pragma once
 
 #if defined(__CUDACC__) || defined(DLOPS_SIMT)
@@ -67,6 +67,68 @@ DLOPS_HD F exp(F x) {
   const ExpParts<F> e = exp_parts(minimum(maximum(x, -104.0f), 89.0f));
   const auto half = e.n >> 1;  // in two steps: 2^n itself may be subnormal or infinite
   return (e.q + 1.0f) * exp2_int(half, x) * exp2_int(e.n - half, x);
+}
+
+// 2^x of kCount vectors x = scale (rate + low), rounded once; a step of each at a time: their chains of operations fill
+// each other's waits. 2^x is 2^n (1 + f q(f)), n the nearest integer: close to x = 0, where products of many are taken,
+// there is no error but that of the last rounding. kNear: |scale rate| <= 126 is known.
+template <bool kNear, int kCount, class F>
+DLOPS_HD void exp2(F scale, const F (&rate)[kCount], const F (&low)[kCount], F (&out)[kCount]) {
+  // 1.5 * 2^23 plus the exponents' bias, twice without kNear: adding it leaves n + bias in the low bits.
+  constexpr float kRound = 12582912.0f + (kNear ? 127 : 254);
+  constexpr float kFactors[] = {1.3391025e-3f, 9.618519e-3f, 5.5503596e-2f, 2.4022648e-1f, 6.93147182e-1f, 1.0f};
+  F shifted[kCount], f[kCount];
+  if constexpr (kNear) {
+    for (int i = 0; i < kCount; ++i) shifted[i] = scale * rate[i] + kRound;
+    for (int i = 0; i < kCount; ++i) f[i] = scale * rate[i] - (shifted[i] - kRound);
+    for (int i = 0; i < kCount; ++i) f[i] = scale * low[i] + f[i];
+  } else {
+    const F finite = minimum(maximum(scale, -3e38f), 3e38f);
+    for (int i = 0; i < kCount; ++i) {
+      shifted[i] = minimum(maximum(scale * rate[i], -151.0f), 129.0f) + kRound;
+      f[i] = minimum(maximum(scale * rate[i] - (shifted[i] - kRound), -1.0f), 1.0f);
+      f[i] = minimum(maximum(finite * low[i] + f[i], -0.51f), 0.51f);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) out[i] = f[i] * 1.5324209e-4f + kFactors[0];
+  for (int k = 1; k < 6; ++k)
+    for (int i = 0; i < kCount; ++i) out[i] = out[i] * f[i] + kFactors[k];
+  for (int i = 0; i < kCount; ++i) {
+    const auto sum = float_as_int(shifted[i]);
+    if constexpr (kNear) {
+      out[i] = out[i] * int_as_float(sum << 23, scale);
+    } else {  // in two factors: 2^n itself may be subnormal or infinite
+      const auto half = sum >> 1;
+      out[i] = out[i] * int_as_float(half << 23, scale) * int_as_float((sum - half) << 23, scale);
+    }
+  }
+}
+
+// The cosine and sine of an angle given in turns, turns + low; finite for every finite angle.
+template <class F>
+struct CosSin {
+  F cos, sin;
+};
+
+template <class F>
+DLOPS_HD CosSin<F> cos_sin_turns(F turns, F low) {
+  constexpr float kRound = 12582912.0f;
+  const F part = turns - ((turns + kRound) - kRound);  // of a turn
+  const F shifted = (part + low) * 4.0f + kRound;      // the nearest quarter turn in the low bits
+  const F r = minimum(maximum(part - (shifted - kRound) * 0.25f + low, -0.1251f), 0.1251f);
+  const F r2 = r * r;
+  F s = r2 * -75.3935623f + 81.5923538f;
+  s = s * r2 - 41.3416634f;
+  s = (s * r2 - 1.74845553e-7f) * r + r * 6.28318548f;  // 2 pi in two parts
+  F c = r2 * 59.4217072f - 85.4487610f;
+  c = c * r2 + 64.9393692f;
+  c = c * r2 - 19.7392082f;
+  c = c * r2 + 1.0f;
+  const auto quarter = float_as_int(shifted);
+  const auto odd = (quarter & 1) != 0;
+  const F cosine = vselect(odd, s, c), sine = vselect(odd, c, s);
+  const auto sign = (quarter & 2) << 30, cosine_sign = ((quarter + 1) & 2) << 30;
+  return {int_as_float(float_as_int(cosine) ^ cosine_sign, r), int_as_float(float_as_int(sine) ^ sign, r)};
 }
 
 template <class F>

@@ -29,8 +29,40 @@ typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
 
 DLOPS_HD vfloat vselect(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
 DLOPS_HD vuint vselect(vint mask, vuint a, vuint b) { return mask ? a : b; }
+
+// One instruction each, which GCC does not make of a comparison and a selection. NaN stays NaN.
+DLOPS_HD vfloat maximum(vfloat x, float low) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_max_ps(0xffff, (__m512)(low - vfloat{}), (__m512)x);
+#elif defined(__AVX__)
+  return (vfloat)_mm256_max_ps((__m256)(low - vfloat{}), (__m256)x);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_max_ps((__m128)(low - vfloat{}), (__m128)x);
+#else
+  return vselect(x < low, low - vfloat{}, x);
+#endif
+}
+
+DLOPS_HD vfloat minimum(vfloat x, float high) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_min_ps(0xffff, (__m512)(high - vfloat{}), (__m512)x);
+#elif defined(__AVX__)
+  return (vfloat)_mm256_min_ps((__m256)(high - vfloat{}), (__m256)x);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_min_ps((__m128)(high - vfloat{}), (__m128)x);
+#else
+  return vselect(x > high, high - vfloat{}, x);
+#endif
+}
+
 DLOPS_HD vint float_as_int(vfloat x) { return (vint)x; }
 DLOPS_HD vfloat int_as_float(vint x, vfloat) { return (vfloat)x; }
+
+DLOPS_HD bool all(vint mask) {
+  int32_t every = -1;
+  for (int i = 0; i < kLanes; ++i) every &= mask[i];
+  return every != 0;
+}
 
 // Keeps the compiler from fusing the operation that made v with the one that uses it.
 DLOPS_HD vfloat rounded(vfloat v) {

@@ -345,7 +345,7 @@ def selective_scan_backward(
     states = list(_states(step_sizes, us, A, B, initial, packing))
     Bs, Cs = (list(itertools.islice(_coefficient(x, dim), seqlen)) for x in (B, C))
     zero = torch.zeros_like(step_sizes[0]) if seqlen else acc(u.new_zeros(batch, dim))
-    dD, ddelta_bias, dA = zero, zero, torch.zeros_like(A).expand(batch, -1, -1)
+    dD, ddelta_bias, dA = zero, zero, A.new_zeros(batch, *A.shape)
     found: list[tuple[Tensor, ...]] = []
     dh = dlast if packing is None else torch.zeros_like(A)[None]
     for t in reversed(range(seqlen)):
@@ -392,9 +392,9 @@ def selective_scan_backward(
 def _coefficient_gradient(steps: Sequence[Tensor], x: Tensor) -> Tensor:
     """The gradient of B or C from one (batch, dim, dstate) per step."""
     if x.dim() == 2:
-        return sum((step.sum(0) for step in reversed(steps)), torch.zeros_like(x))
+        return sum((step.sum(0) for step in reversed(steps)), x.new_zeros(x.shape))
     if not steps:
-        return x.new_empty(x.shape)
+        return x.new_empty(*x.shape[:2], 0, x.shape[2]).mT
     return torch.stack([step.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype) for step in steps], 2).mT
 
 
@@ -417,3 +417,15 @@ selective_scan.register_autograd(
     saves=lambda args, outputs: (args, outputs[2:]),
     non_differentiable=("checkpoints",),
 )
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------
+
+
+def _rule(*args: Any) -> Sequence[str]:
+    return ("cpu", "torch") if args[0].is_cpu else ("torch",)
+
+
+for _op in (selective_scan, selective_scan_backward):
+    _op.rule = _rule
+    _op.implement("cpu")

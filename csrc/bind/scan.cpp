@@ -1,0 +1,265 @@
+// dlops_cpu: the selective scan. The op's check has compared the arguments; here they are checked again as far as
+// memory safety goes, and seen as pointers and strides.
+#include "cpu/scan.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "bind/cpu.h"
+#include "cpu/column_sum.h"
+
+namespace dlops {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void check_exact(const char* name, const Tensor& tensor, ScalarType dtype, const Sizes& sizes) {
+  bool same = tensor.dim() == int64_t(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(int64_t(i)) == sizes[i];
+  check(same && tensor.scalar_type() == dtype && tensor.device().type() == DeviceType::CPU, name, ": expected shape ",
+        Shape{sizes}, " on the cpu, of the state's or the input's dtype, got ", tensor);
+}
+
+struct Arguments {
+  const Tensor &u, &delta, &A, &B, &C;
+  const OptionalTensor &D, &z, &delta_bias, &initial_state, &cu_seqlens;
+  bool delta_softplus;
+};
+
+// Contiguous copies of what the kernels take as plain pointers.
+struct Held {
+  std::vector<Tensor> tensors;
+  template <class T>
+  const T* data(const Tensor& tensor) {
+    tensors.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    return static_cast<const T*>(tensors.back().const_data_ptr());
+  }
+};
+
+const float* parameter(Held& held, const char* name, const OptionalTensor& tensor, ScalarType dtype,
+                       const Sizes& sizes) {
+  if (!tensor) return nullptr;
+  check_exact(name, *tensor, dtype, sizes);
+  return held.data<float>(*tensor);
+}
+
+ScanTensor view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+ScanOutput output(Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// Shaped like x; channels last in memory if x is.
+Tensor allocate_steps(const Tensor& x) {
+  const int64_t batch = x.size(0), dim = x.size(1), steps = x.size(2);
+  if (x.stride(1) == 1 && x.stride(2) != 1)
+    return torch::stable::transpose(allocate(x, {batch, steps, dim}, x.scalar_type()), 1, 2);
+  return allocate(x, {batch, dim, steps}, x.scalar_type());
+}
+
+ScanCoefficient coefficient(Held& held, const char* name, const Tensor& x, const Scan& p, ScalarType state,
+                            ScalarType dtype) {
+  if (x.dim() == 2) {
+    check_exact(name, x, state, {p.dim, p.states});
+    return {.data = held.data<void>(x), .varies = false};
+  }
+  check_exact(name, x, p.complex ? state : dtype, {p.batch, p.groups, p.states, p.steps});
+  return {x.const_data_ptr(), true, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+Scan scan_of(Held& held, const Arguments& a) {
+  Scan p{.dtype = check_dtype("u", a.u, DeviceType::CPU)};
+  check(a.u.dim() == 3, "u: expected (batch, dim, seqlen), got ", a.u);
+  p.batch = a.u.size(0), p.dim = a.u.size(1), p.steps = a.u.size(2);
+  const auto sizes = a.u.sizes();
+  check_like("delta", a.delta, a.u, "u", &sizes);
+  if (a.z) check_like("z", *a.z, a.u, "u", &sizes);
+  p.complex = a.A.scalar_type() == ScalarType::ComplexFloat;
+  const ScalarType state = p.complex ? ScalarType::ComplexFloat : ScalarType::Float;
+  check(a.A.dim() == 2, "A: expected (dim, dstate), got ", a.A);
+  p.states = a.A.size(1);
+  check_exact("A", a.A, state, {p.dim, p.states});
+  p.groups = a.B.dim() == 4 ? a.B.size(1) : a.C.dim() == 4 ? a.C.size(1) : 1;
+  check(p.groups > 0 && p.dim % p.groups == 0, "B: expected groups that divide ", p.dim, " channels, got ", a.B);
+  p.u = view(a.u), p.delta = view(a.delta);
+  if (a.z) p.z = view(*a.z);
+  p.A = held.data<float>(a.A);
+  p.B = coefficient(held, "B", a.B, p, state, a.u.scalar_type());
+  p.C = coefficient(held, "C", a.C, p, state, a.u.scalar_type());
+  p.D = parameter(held, "D", a.D, ScalarType::Float, {p.dim});
+  p.delta_bias = parameter(held, "delta_bias", a.delta_bias, ScalarType::Float, {p.dim});
+  p.delta_softplus = a.delta_softplus;
+  p.sequences = p.batch;
+  if (a.cu_seqlens) {
+    check(p.batch == 1, "u: expected batch 1 with cu_seqlens, got ", a.u);
+    check(a.cu_seqlens->dim() == 1 && a.cu_seqlens->size(0) > 0, "cu_seqlens: expected (num_sequences + 1,), got ",
+          *a.cu_seqlens);
+    p.sequences = a.cu_seqlens->size(0) - 1;
+    check_exact("cu_seqlens", *a.cu_seqlens, ScalarType::Int, {p.sequences + 1});
+    p.cu_seqlens = held.data<int32_t>(*a.cu_seqlens);
+    bool ok = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.sequences] == p.steps;
+    for (int64_t i = 0; i < p.sequences; ++i) ok &= p.cu_seqlens[i] <= p.cu_seqlens[i + 1];
+    check(ok, "cu_seqlens: expected numbers that do not decrease, from 0 to ", p.steps);
+  }
+  p.initial_state = parameter(held, "initial_state", a.initial_state, state, {p.sequences, p.dim, p.states});
+  p.chunk = 64 * std::max<int64_t>(1, ceil_div(p.states, 16));  // dlops.ops.scan.chunk_length
+  return p;
+}
+
+// Sets the channels of a task: wide blocks, which read u's rows in long pieces, but about `tasks` tasks, at most `most`
+// blocks of a group, and states that stay in cache.
+void split(Scan& p, int lanes, int64_t tasks, int64_t most) {
+  constexpr int64_t kStates = 1024;  // vectors
+  const int64_t vectors = ceil_div(p.dim / p.groups, lanes);
+  const int64_t wanted =
+      std::max(ceil_div(tasks, std::max<int64_t>(1, p.batch * p.groups)), ceil_div(vectors * p.states, kStates));
+  const int64_t blocks = std::max<int64_t>(1, std::min({wanted, vectors, most}));
+  p.block = std::max<int64_t>(1, ceil_div(vectors, blocks)) * lanes;
+}
+
+// f(begin, end, scratch) over the tasks on torch's threads.
+template <class F>
+void run(const Scan& p, int64_t scratch, const F& f) {
+  parallel(p.tasks(), p.block * p.steps * p.states, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kAlign = 64;
+    std::vector<float> memory(scratch + kAlign / sizeof(float));
+    float* aligned = memory.data() + (kAlign - uintptr_t(memory.data()) % kAlign) % kAlign / sizeof(float);
+    f(begin, end, aligned);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                                  const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                                  const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                                  bool delta_softplus, bool save) {
+  Held held;
+  ScanForward p{scan_of(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
+  Tensor y = allocate_steps(u);
+  Tensor last_state = allocate(A, {p.sequences, p.dim, p.states}, A.scalar_type());
+  const Sizes saved{p.batch, ceil_div(p.steps, p.chunk), p.dim, p.states};
+  Tensor checkpoints = save ? allocate(A, saved, A.scalar_type()) : absent(A);
+  p.y = output(y);
+  p.last_state = static_cast<float*>(last_state.mutable_data_ptr());
+  p.checkpoints = save ? static_cast<float*>(checkpoints.mutable_data_ptr()) : nullptr;
+  const auto& kernels = DLOPS_KERNELS(scan_kernels);
+  split(p, kernels.lanes, 4 * torch::stable::get_num_threads(), p.dim);
+  run(p, kernels.forward_scratch(p),
+      [&](int64_t begin, int64_t end, float* scratch) { kernels.forward(p, begin, end, scratch); });
+  return {y, last_state, checkpoints};
+}
+
+// A gradient that is summed from partial ones: (count, *sizes) of floats, pairs where complex.
+struct Partial {
+  std::optional<Tensor> memory;
+  int64_t count = 0, width = 0;
+  float* data = nullptr;
+
+  Partial() = default;
+  Partial(const Tensor& like, int64_t count, int64_t width)
+      : memory(allocate(like, {count, width}, ScalarType::Float)), count(count), width(width) {
+    data = memory->mutable_data_ptr<float>();
+  }
+
+  void sum_into(Tensor& out, Dtype dtype) const {
+    const ColumnSum params{dtype, count, width, data, out.mutable_data_ptr()};
+    const auto& kernels = DLOPS_KERNELS(column_sum_kernels);
+    constexpr int64_t kColumns = 64;  // the kernel's tile
+    parallel(ceil_div(width, kColumns), kColumns * count, [&](int64_t begin, int64_t end) {
+      kernels.column_sum(params, begin * kColumns, std::min(end * kColumns, width));
+    });
+  }
+};
+
+using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                             const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                             const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                             const OptionalTensor& cu_seqlens, const OptionalTensor& dlast_state,
+                             const Tensor& checkpoints, bool delta_softplus, std::vector<bool> mask) {
+  check(mask.size() == 9, "output_mask: expected 9 values, got ", mask.size());
+  Held held;
+  ScanBackward p{scan_of(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
+  const auto sizes = u.sizes();
+  check_like("dy", dy, u, "u", &sizes);
+  p.dy = view(dy);
+  p.dlast_state = parameter(held, "dlast_state", dlast_state, A.scalar_type(), {p.sequences, p.dim, p.states});
+  const Sizes saved{p.batch, ceil_div(p.steps, p.chunk), p.dim, p.states};
+  p.checkpoints = parameter(held, "checkpoints", checkpoints, A.scalar_type(), saved);
+
+  const auto& kernels = DLOPS_KERNELS(scan_kernels);
+  // Sums over blocks of channels take no more memory than u, or four times the gradient where that is more.
+  const int64_t most = std::max<int64_t>(4, p.dim / std::max<int64_t>(1, p.groups * p.states));
+  const bool varies = p.B.varies || p.C.varies;
+  split(p, kernels.lanes, varies ? 32 : 64, varies ? most : p.dim);
+
+  const int64_t parts = p.complex ? 2 : 1;
+  std::array<Tensor, 9> out{absent(u), absent(u), absent(u), absent(u), absent(u),
+                            absent(u), absent(u), absent(u), absent(u)};
+  const auto steps = [&](int i, const Tensor& like, ScanOutput& to) {
+    if (!mask[i]) return;
+    out[i] = allocate_steps(like);
+    to = output(out[i]);
+  };
+  steps(0, u, p.du);
+  steps(1, delta, p.ddelta);
+  if (z) steps(6, *z, p.dz);
+  std::array<Partial, 9> partial;
+  const auto summed = [&](int i, int64_t count, int64_t width, float*& to) {
+    if (!mask[i]) return;
+    partial[i] = Partial(u, count, width);
+    to = partial[i].data;
+  };
+  const auto coefficient = [&](int i, const ScanCoefficient& x, float*& to) {
+    if (x.varies)
+      summed(i, p.blocks(), p.batch * p.groups * p.steps * p.states * parts, to);
+    else
+      summed(i, p.batch, p.dim * p.states * parts, to);
+  };
+  summed(2, p.batch, p.dim * p.states * parts, p.dA);
+  coefficient(3, p.B, p.dB);
+  coefficient(4, p.C, p.dC);
+  summed(5, p.batch, p.dim, p.dD);
+  summed(7, p.batch, p.dim, p.ddelta_bias);
+  if (mask[8]) {
+    out[8] = allocate(A, {p.sequences, p.dim, p.states}, A.scalar_type());
+    p.dinitial_state = static_cast<float*>(out[8].mutable_data_ptr());
+  }
+  run(p, kernels.backward_scratch(p),
+      [&](int64_t begin, int64_t end, float* scratch) { kernels.backward(p, begin, end, scratch); });
+
+  for (int i : {2, 3, 4, 5, 7}) {
+    if (!mask[i]) continue;
+    const bool steps_sum = (i == 3 && p.B.varies) || (i == 4 && p.C.varies);
+    const Tensor& like = i == 3 ? B : i == 4 ? C : i == 2 ? A : i == 5 ? *D : *delta_bias;
+    out[i] =
+        steps_sum ? allocate(like, {p.batch, p.groups, p.steps, p.states}, like.scalar_type()) : allocate_like(like);
+    partial[i].sum_into(out[i], steps_sum && !p.complex ? p.dtype : Dtype::kFloat32);
+    if (steps_sum) out[i] = torch::stable::transpose(out[i], 2, 3);
+  }
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8]};
+}
+
+}  // namespace
+}  // namespace dlops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cpu, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
+      " Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "selective_scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
+      " Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? dlast_state, Tensor checkpoints,"
+      " bool delta_softplus, bool[9] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+// For every device, so that a tensor of the wrong one is refused by name rather than by torch's dispatcher.
+STABLE_TORCH_LIBRARY_IMPL(dlops_cpu, CompositeExplicitAutograd, m) {
+  m.impl("selective_scan", TORCH_BOX(&dlops::selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&dlops::selective_scan_backward));
+}
