@@ -105,6 +105,9 @@ def maxout_linear_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     for x, weight, bias, num_pieces in maxout_linear_samples(make):
         y, index = linear.maxout_linear.definition(x, weight, bias, num_pieces)
         yield make(*y.shape), x, weight, index, num_pieces, [True, True, bias is not None]
+    for num_pieces in (2, 3):
+        index = torch.arange(5 * 140, device=make.device).view(5, 140) % num_pieces
+        yield make(5, 140), make(5, 2), make(140 * num_pieces, 2), index, num_pieces, [False, True, True]
 
 
 def cpu_passes(x: Tensor, up: Tensor, dy: Tensor, activation: str) -> list[Tensor]:
