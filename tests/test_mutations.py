@@ -1,6 +1,9 @@
-"""The tables of tests/mutations, which `make mutate` applies: every snippet is there."""
+"""The tables of tests/mutations, which `make mutate` applies: every snippet is there, every kernel has some."""
 
+import re
 import runpy
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = list(runpy.run_path(str(ROOT / "tests" / "mutations" / "__main__.py"))["tables"]())
+FEWEST = 5
+
+
+def kernels() -> Iterator[str]:
+    """Headings of all kernels, and of files that have only functions for kernels."""
+    patterns = {
+        "csrc/cuda/*.cu": r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(",
+        "csrc/cpu/*.cpp": r"(?<!>\n)^(?:void|DLOPS_BY_DTYPE)[ (](\w+)(?:, \w+\)$|\([^)]* begin, int64_t end[^)]*\) \{)",
+        "kernels/*.py": r"^@triton\.jit.*\ndef (\w+_kernel)\(",
+    }
+    for files, pattern in patterns.items():
+        for path in sorted(ROOT.glob(files)):
+            file, text = str(path.relative_to(ROOT)), path.read_text()
+            found = re.findall(pattern, text, re.MULTILINE)
+            yield from (f"{file} {name}" for name in found)
+            if not found and (path.suffix != ".py" or "@triton.jit" in text):
+                yield file
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
@@ -17,3 +37,16 @@ def test_every_snippet_occurs_once(kernel: Any) -> None:
         assert mutation.apply(text) != text
     for run in kernel.runs:
         assert all((ROOT / "tests" / word).exists() for word in run.split() if word.endswith(".py"))
+
+
+@pytest.mark.parametrize("heading", kernels())
+def test_every_kernel_has_mutations(heading: str) -> None:
+    count = Counter({str(kernel): len(kernel.mutations) for kernel in KERNELS})[heading]
+    assert count >= FEWEST, (
+        f"{heading} has {count} mutations: list at least {FEWEST} under [{heading}] in tests/mutations/*.txt, "
+        f"and see that `make mutate KERNEL='{heading}'` kills them all"
+    )
+
+
+def test_every_heading_is_a_kernel() -> None:
+    assert sorted(map(str, KERNELS)) == sorted(kernels())
