@@ -267,7 +267,7 @@ class BuildExt(build_ext):
         objects = ninja.compile("host_bind", [*base, *torch.compile, f'-DDLOPS_FLAGS="{flags}"'], bind)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for isa in ISA_FLAGS if x86 else ("generic",):
-            command = [*base, *ISA_FLAGS[isa], f"-DDLOPS_ISA={isa}"]
+            command = [*base, "-fno-exceptions", *ISA_FLAGS[isa], f"-DDLOPS_ISA={isa}"]  # kernels throw nothing
             objects += ninja.compile(f"host_{isa}", command, _sources("cpu/*.cpp"))
         target = ninja.folder / Path(self.get_ext_filename("dlops._C")).name
         ninja.link("host_link", [*compiler, "-shared"], objects, torch.link, target)

@@ -40,6 +40,8 @@ struct Conv1dBackward : Conv1d {
   float* dbias;        // (blocks, D)
 };
 
+inline namespace DLOPS_ISA {
+
 // Where a sequence begins, and its length. Bounds beyond the tensor are not followed.
 struct Sequence {
   int64_t begin, length;
@@ -64,4 +66,5 @@ DLOPS_HD auto begin_of(const Conv1d& p, const Signal<Pointer>& signal, int64_t s
     return static_cast<T*>(signal.data) + offset;
 }
 
+}  // namespace DLOPS_ISA
 }  // namespace dlops

@@ -3,7 +3,7 @@
 #include "cpu/conv1d.h"
 
 #include <algorithm>
-#include <vector>
+#include <cstdlib>
 
 #include "core/activation.h"
 #include "core/simd.h"
@@ -16,6 +16,24 @@ namespace {
 
 constexpr int64_t kChunk = 2048;  // elements of a buffer, unless the reach is longer
 constexpr int64_t kRun = 8;       // rows
+
+// Zeros, freed at the end of the scope. No std::vector: what it throws with is one symbol for all instruction sets.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(std::calloc(std::max<int64_t>(1, size), sizeof(T)))) {
+    if (!data_) std::abort();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  DLOPS_INLINE T* data() const { return data_; }
+  DLOPS_INLINE T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
 
 float parameter(const void* data, Dtype dtype, int64_t i) {
   switch (dtype) {
@@ -66,17 +84,18 @@ class Channels {
 
   // Chunks from the last to the first: what a step receives comes from the steps that follow.
   void backward(const Conv1dBackward& p) {
-    std::vector<double> total((p.width + 1) * kRow);  // of the gradients of weight, and of bias
-    std::vector<float> dpre((p.reach + limit_) * kRow), dfinal(p.reach * kRow);
+    const Buffer<double> total((p.width + 1) * kRow);  // of the gradients of weight, and of bias
+    const int64_t size = (p.reach + limit_) * kRow;
+    const Buffer<float> dpre(size), dfinal(p.reach * kRow);
     for (int64_t sequence = 0; sequence < p.sequences; ++sequence) {
       const Sequence part = sequence_of(p, sequence);
       const T* dy = begin_of<T>(p, p.dy, sequence, part, first_);
-      std::fill(dpre.begin(), dpre.end(), 0.0f);
+      std::fill(dpre.data(), dpre.data() + size, 0.0f);
       read(sequence, part, 0, 0);
       read_final_gradient(p, sequence, part, dfinal.data());
       for (int64_t end = part.length; end > 0;) {
         const int64_t begin = (end - 1) / limit_ * limit_, rows = end - begin;
-        std::copy_backward(dpre.begin(), dpre.begin() + p.reach * kRow, dpre.begin() + (rows + p.reach) * kRow);
+        std::copy_backward(dpre.data(), dpre.data() + p.reach * kRow, dpre.data() + (rows + p.reach) * kRow);
         read(sequence, part, begin, rows);
         each(rows, [&](int64_t column, auto channels) DLOPS_INLINE {
           const Filter filter(*this, column, channels);
@@ -332,9 +351,9 @@ class Channels {
 
   const Conv1d& p_;
   const int64_t first_, count_, limit_;  // channels, and steps of a chunk
-  std::vector<float> weight_, bias_;     // rows of taps
-  std::vector<float> x_;                 // rows -reach, ... of the chunk
-  std::vector<int32_t> owner_;           // its seq_idx, for rows -reach to reach past its end
+  const Buffer<float> weight_, bias_;    // rows of taps
+  const Buffer<float> x_;                // rows -reach, ... of the chunk
+  const Buffer<int32_t> owner_;          // its seq_idx, for rows -reach to reach past its end
 };
 
 // Calls f with a null pointer to the Channels that p needs.

@@ -28,6 +28,7 @@ _ONEDNN = {
     "silu": ("swish", ""),
 }
 _LONGEST_ONEDNN = 4096
+_LONGEST_ONEDNN_GATE = 512  # a gate's two sums show more of it
 _CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
 
 
@@ -283,6 +284,8 @@ def _refuses_vendor_linear_act_backward(dy: Tensor, x: Tensor, weight: Tensor, *
 
 def _refuses_vendor_gated_linear(x: Tensor, weight_gate: Tensor, *others: Any) -> str | None:
     activation, save = others[-3], others[-1]
+    if x.is_cpu and x.shape[-1] > _LONGEST_ONEDNN_GATE:
+        return f"oneDNN's sums of more than {_LONGEST_ONEDNN_GATE} products exceed a gate's error ratio"
     return _refuses_onednn(x, weight_gate, "none" if save else activation)
 
 
