@@ -1,4 +1,7 @@
-"""The two memory layouts of (batch, channels, seqlen) tensors that ops keep: contiguous, and channels-last."""
+"""What ops over (batch, channels, seqlen) return: tensors contiguous or channels-last, gradients that are asked for."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +23,8 @@ def empty_in_layout_of(x: Tensor) -> Tensor:
     """An uninitialised tensor of ``x``'s shape and dtype: channels-last if ``x`` is, else contiguous."""
     batch, channels, seqlen = x.shape
     return x.new_empty(batch, seqlen, channels).mT if channels_last(x) else x.new_empty(x.shape)
+
+
+def asked_for(gradients: Sequence[Tensor], x: Tensor, output_mask: Sequence[bool]) -> Any:
+    """The gradients, of those not asked for an empty tensor in ``x``'s dtype."""
+    return tuple(g if asked else x.new_empty(0) for g, asked in zip(gradients, output_mask, strict=True))

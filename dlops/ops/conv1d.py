@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dlops._op import acc, op
 from dlops.ops._check import FLOATING, check_shape
-from dlops.ops._layout import empty_in_layout_of, in_layout_of
+from dlops.ops._layout import asked_for, empty_in_layout_of, in_layout_of
 
 ACTIVATIONS = ("none", "silu")
 
@@ -249,9 +249,7 @@ def causal_conv1d_backward(
         dpre.sum((0, 2)).to(weight.dtype if bias is None else bias.dtype),
         dinitial.clone(memory_format=torch.contiguous_format),
     )
-    return tuple(  # type: ignore[return-value]
-        g if asked else x.new_empty(0) for g, asked in zip(gradients, output_mask, strict=True)
-    )
+    return asked_for(gradients, x, output_mask)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

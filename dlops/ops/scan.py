@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlops._op import acc, op
 from dlops.ops._check import FLOATING
+from dlops.ops._layout import asked_for, channels_last, empty_in_layout_of
 
 MAX_STATE = 256
 
@@ -189,21 +190,12 @@ def _initial(initial_state: Tensor | None, A: Tensor, batch: int, cu_seqlens: Te
     return A.new_zeros(batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, *A.shape)
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(2) != 1
-
-
 def _stacked(steps: Sequence[Tensor], like: Tensor) -> Tensor:
     """A (batch, dim) per step as (batch, dim, seqlen) in the dtype of ``like``: channels last in memory if that is."""
     if not steps:
-        return _empty_like(like)
+        return empty_in_layout_of(like)
     rounded = [step.to(like.dtype) for step in steps]
-    return torch.stack(rounded, 1).mT if _channels_last(like) else torch.stack(rounded, -1)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    batch, dim, seqlen = x.shape
-    return x.new_empty(batch, seqlen, dim).mT if _channels_last(x) else x.new_empty(batch, dim, seqlen)
+    return torch.stack(rounded, 1).mT if channels_last(like) else torch.stack(rounded, -1)
 
 
 def _fake_selective_scan(
@@ -223,7 +215,7 @@ def _fake_selective_scan(
     batch, _, seqlen = u.shape
     chunk = chunk_length(A.shape[1])
     checkpoints = A.new_empty(batch, (seqlen + chunk - 1) // chunk, *A.shape) if save else A.new_empty(0)
-    return _empty_like(u), torch.empty_like(_initial(None, A, batch, cu_seqlens)), checkpoints
+    return empty_in_layout_of(u), torch.empty_like(_initial(None, A, batch, cu_seqlens)), checkpoints
 
 
 def _fake_selective_scan_backward(
@@ -249,21 +241,17 @@ def _fake_selective_scan_backward(
     state = torch.empty_like(_initial(None, A, u.shape[0], cu_seqlens))
     channels = A.new_empty(A.shape[0], dtype=acc(u.new_empty(0)).dtype)
     found = (
-        _empty_like(u),
-        _empty_like(delta),
+        empty_in_layout_of(u),
+        empty_in_layout_of(delta),
         A.new_empty(A.shape),
         coefficient(B),
         coefficient(C),
         channels,
-        _empty_like(u if z is None else z),
+        empty_in_layout_of(u if z is None else z),
         torch.empty_like(channels),
         state,
     )
-    return _asked(found, u, output_mask)
-
-
-def _asked(gradients: Sequence[Tensor], u: Tensor, output_mask: Sequence[bool]) -> Any:
-    return tuple(g if asked else u.new_empty(0) for g, asked in zip(gradients, output_mask, strict=True))
+    return asked_for(found, u, output_mask)
 
 
 # ---- definitions ---------------------------------------------------------------------------------------------------
@@ -386,7 +374,7 @@ def selective_scan_backward(
         ddelta_bias.sum(0),
         dinitial.clone(memory_format=torch.contiguous_format),
     )
-    return _asked(gradients, u, output_mask)
+    return asked_for(gradients, u, output_mask)
 
 
 def _coefficient_gradient(steps: Sequence[Tensor], x: Tensor) -> Tensor:
