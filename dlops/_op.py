@@ -59,11 +59,13 @@ class Op:
         fake: Callable[..., Any] | None,
         autocast: Mapping[str, Autocast] | None,
         returns: Sequence[str],
+        mutates: Sequence[str],
     ) -> None:
         self.name: str = definition.__name__
         self.family: str = definition.__module__.rpartition(".")[2]
         self.definition = definition
         self.returns = tuple(returns)
+        self.mutates = tuple(mutates)
         self.non_differentiable: frozenset[int] = frozenset()
         self._apply: Callable[..., Any] | None = None
         self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -73,12 +75,16 @@ class Op:
         self._autocast = autocast or {}
         self.__doc__ = definition.__doc__
         library.define(
-            self.name + torch.library.infer_schema(definition, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+            self.name + torch.library.infer_schema(definition, mutates_args=self.mutates),
+            tags=(torch.Tag.pt2_compliant_tag,),
         )
         self._overload = getattr(torch.ops.dlops, self.name).default
         arguments = self._overload._schema.arguments
         self.argument_names = [argument.name for argument in arguments]
         self._required = [str(argument.type) == "Tensor" for argument in arguments]
+        self._mutated = [self.argument_names.index(name) for name in self.mutates]
+        if self.mutates:
+            library.impl(self.name, self._below_autograd, "Autograd", with_keyset=True)
         library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dlops::{self.name}", self._fake(fake or definition), lib=library)
         for device in ("CPU", "CUDA"):
@@ -96,6 +102,8 @@ class Op:
         if signature is None:
             return self._overload(*args)
         run = self._chosen.get(signature) or self._choose(args, signature)
+        if self.mutates:
+            return self._write(run, args)
         if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._apply(run, *args) if self._apply else self._overload(*args)
         return run(*args)
@@ -148,6 +156,7 @@ class Op:
 
         Under ``create_graph`` the definition is differentiated instead, so gradients of any order are right.
         """
+        assert not self.mutates, f"{self!r}: what is written in place has no gradient"
         fixed = self.non_differentiable = frozenset(self.returns.index(name) for name in non_differentiable)
         kinds = ["Tensor" in str(argument.type) for argument in self._overload._schema.arguments]
         tensors = sum(kinds)
@@ -195,6 +204,25 @@ class Op:
     @property
     def differentiable(self) -> bool:
         return self._apply is not None
+
+    def _write(self, run: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """``run`` for an op that writes in place: autograd must not miss it, nor take it for a constant."""
+        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            written = " and ".join(self.mutates)
+            raise RuntimeError(
+                f"{self.name}: it writes {written} in place and has no gradient; call it under torch.no_grad(), or "
+                f"pass tensors that do not require one"
+            )
+        result = run(*args)
+        torch.autograd.graph.increment_version([args[i] for i in self._mutated])
+        return result
+
+    def _below_autograd(self, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+        return self._write(run, args)
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
@@ -280,8 +308,9 @@ def op(
     fake: Callable[..., Any] | None = None,
     autocast: Mapping[str, Autocast] | None = None,
     returns: Sequence[str] = ("out",),
+    mutates: Sequence[str] = (),
 ) -> Any:
-    """Register ``definition`` (annotated, positional, functional) as a dlops op.
+    """Register ``definition`` (annotated, positional, functional but for ``mutates``) as a dlops op.
 
     Args:
         check: called with the op's arguments first on every path; raises what torch raises for the same mistake.
@@ -289,10 +318,11 @@ def op(
         autocast: device type to the dtype that floating-point arguments are cast to under autocast, or to a function
             that finds it: :func:`context_dtype`, :func:`widest_dtype`. A device that is absent casts nothing.
         returns: names of the outputs.
+        mutates: arguments that the op writes to. It then has no gradient, and raises where one is asked for.
     """
 
     def register(definition: Callable[..., Any]) -> Op:
-        return Op(definition, check=check, fake=fake, autocast=autocast, returns=returns)
+        return Op(definition, check=check, fake=fake, autocast=autocast, returns=returns, mutates=mutates)
 
     return register(definition) if definition is not None else register
 

@@ -99,7 +99,7 @@ def test_emulated_kernels_depend_on_no_order_and_no_unwritten_shared_memory(op: 
             for seed, poison in ((1, 0xFF), (2, 0x3C)):
                 simt.configure(seed=seed, poison=poison)
                 with dlops.use_backend("cuda"):
-                    results.append(testing.as_tuple(op(*args)))
+                    results.append(testing.evaluate(op, args))
             torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
     finally:
         simt.configure(**before)
@@ -132,7 +132,8 @@ def test_one_dynamic_graph_serves_five_lengths(op: Op) -> None:
             a[[i % rows for i in range(length)]] if isinstance(a, torch.Tensor) and leads(op, a, i, rows) else a
             for i, a in enumerate(args)
         ]
-        torch.testing.assert_close(compiled(*longer), op(*longer), rtol=0, atol=0)
+        found = testing.evaluate(op, longer, compiled)
+        torch.testing.assert_close(found, testing.evaluate(op, longer), rtol=0, atol=0)
     assert counter.frame_count == 1
 
 
@@ -184,8 +185,8 @@ def test_nan_stays_in_its_row(op: Op, name: str, device: str) -> None:
         poisoned = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         poisoned[0][0] = bad
         with dlops.use_backend(name):
-            clean, dirty = testing.as_tuple(op(*args)), testing.as_tuple(op(*poisoned))
-        for what, a, b in zip(op.returns, clean, dirty, strict=True):
+            clean, dirty = testing.evaluate(op, args), testing.evaluate(op, poisoned)
+        for what, a, b in zip(op.returns + op.mutates, clean, dirty, strict=True):
             if not what.startswith(("dweight", "dbias")) and a.numel() and a.shape[0] == args[0].shape[0]:
                 torch.testing.assert_close(b[1:], a[1:], rtol=0, atol=0)
 
@@ -201,9 +202,9 @@ def test_nan_is_not_hidden(op: Op, name: str, device: str) -> None:
         poisoned = [args[0].clone(), *args[1:]]
         poisoned[0][0] = float("nan")
         with dlops.use_backend(name):
-            ours = [*testing.as_tuple(op(*poisoned)), *all_gradients(op, poisoned)]
+            ours = [*testing.evaluate(op, poisoned), *all_gradients(op, poisoned)]
         with dlops.use_backend("torch"):
-            theirs = [*testing.as_tuple(op(*poisoned)), *all_gradients(op, poisoned)]
+            theirs = [*testing.evaluate(op, poisoned), *all_gradients(op, poisoned)]
         for a, b in zip(ours, theirs, strict=True):
             assert not (b.isnan() & ~a.isnan()).any()
 
@@ -238,7 +239,7 @@ def test_thread_count_does_not_change_bits(op: Op) -> None:
         for count in (1, 2):
             torch.set_num_threads(count)
             with dlops.use_backend("cpu"):
-                results.append(testing.as_tuple(op(*args)))
+                results.append(testing.evaluate(op, args))
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dlops import backend
 from dlops.functional.conv1d import causal_conv1d
 from dlops.functional.scan import selective_scan
+from dlops.functional.state_update import causal_conv1d_update, selective_state_update
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
 from dlops.ops.linear import gated_linear as gated_op
@@ -31,6 +32,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "causal_conv1d",
+    "causal_conv1d_update",
     "elu",
     "gated_linear",
     "gelu",
@@ -44,6 +46,7 @@ __all__ = [
     "relu",
     "rms_norm",
     "selective_scan",
+    "selective_state_update",
     "sigmoid",
     "silu",
     "softplus",

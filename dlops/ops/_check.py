@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: the exceptions name the argument, what came and what is accepted."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,35 @@ def check_shape(op: str, name: str, tensor: Tensor | None, accepted: torch.Size)
 def check_eps(op: str, eps: float) -> None:
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, accepted are numbers >= 0")
+
+
+class Arguments:
+    """Compares the arguments of one call: each message has the name, what came and what is accepted."""
+
+    def __init__(self, op: str, first: str, tensor: Tensor) -> None:
+        self.op, self.first, self.tensor = op, first, tensor
+
+    def check(
+        self,
+        name: str,
+        tensor: Tensor | None,
+        dtype: torch.dtype | tuple[torch.dtype, ...],
+        *accepted: tuple[str, Sequence[int]],
+    ) -> None:
+        """``tensor``, if given, has the dtype or one of them, one of the accepted (named) shapes and the first
+        argument's device."""
+        if tensor is None:
+            return
+        if not any(tensor.shape == torch.Size(shape) for _, shape in accepted):
+            shapes = " or ".join(f"{names} = {tuple(shape)}" for names, shape in accepted)
+            raise RuntimeError(f"{self.op}: {name} has shape {tuple(tensor.shape)}, accepted is {shapes}")
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        if tensor.dtype not in dtypes:
+            raise RuntimeError(
+                f"{self.op}: {name} has dtype {tensor.dtype}, accepted is {' or '.join(map(str, dtypes))} with "
+                f"{self.first} of dtype {self.tensor.dtype}"
+            )
+        if tensor.device != self.tensor.device:
+            raise RuntimeError(
+                f"{self.op}: {name} is on {tensor.device}, accepted is {self.first}'s device, {self.tensor.device}"
+            )

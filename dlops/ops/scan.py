@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlops._op import acc, op
-from dlops.ops._check import FLOATING
+from dlops.ops._check import FLOATING, Arguments
 from dlops.ops._layout import asked_for, channels_last, empty_in_layout_of
 
 MAX_STATE = 256
@@ -26,30 +26,6 @@ def chunk_length(dstate: int) -> int:
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
-
-
-class _Arguments:
-    """Compares the arguments of one call: each message has the name, what came and what is accepted."""
-
-    def __init__(self, op: str, first: str, tensor: Tensor) -> None:
-        self.op, self.first, self.tensor = op, first, tensor
-
-    def check(self, name: str, tensor: Tensor | None, dtype: torch.dtype, *accepted: tuple[str, Sequence[int]]) -> None:
-        """``tensor``, if given, has the dtype, one of the accepted (named) shapes and the first argument's device."""
-        if tensor is None:
-            return
-        if not any(tensor.shape == torch.Size(shape) for _, shape in accepted):
-            shapes = " or ".join(f"{names} = {tuple(shape)}" for names, shape in accepted)
-            raise RuntimeError(f"{self.op}: {name} has shape {tuple(tensor.shape)}, accepted is {shapes}")
-        if tensor.dtype != dtype:
-            raise RuntimeError(
-                f"{self.op}: {name} has dtype {tensor.dtype}, accepted is {dtype} with {self.first} of dtype "
-                f"{self.tensor.dtype}"
-            )
-        if tensor.device != self.tensor.device:
-            raise RuntimeError(
-                f"{self.op}: {name} is on {tensor.device}, accepted is {self.first}'s device, {self.tensor.device}"
-            )
 
 
 def _check_selective_scan(
@@ -79,7 +55,7 @@ def _check_selective_scan(
         raise RuntimeError(
             f"selective_scan: A has shape {tuple(A.shape)}, accepted is (dim, dstate) = ({dim}, at most {MAX_STATE})"
         )
-    arguments = _Arguments("selective_scan", "u", u)
+    arguments = Arguments("selective_scan", "u", u)
     dstate = A.shape[1]
     per_step = "(batch, dim, seqlen)", u.shape
     per_channel = "(dim,)", (dim,)

@@ -140,11 +140,29 @@ def ratios(op: Op, draws: Sequence[Sequence[Any]], name: str) -> list[Ratio]:
     ]
 
 
+def evaluate(op: Op, args: Sequence[Any], function: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
+    """What ``function`` (the op if None) returns and, after it, the arguments that it writes to: those are copied
+    first, and ``args`` stay as they are."""
+    given = fresh(op, args)
+    written = [a for what, a in zip(op.argument_names, given, strict=True) if what in op.mutates]
+    return (*as_tuple((function or op)(*given)), *written)
+
+
+def fresh(op: Op, args: Sequence[Any]) -> list[Any]:
+    """``args`` with a copy of each that ``op`` writes to, in the same layout."""
+
+    def copied(a: Tensor) -> Tensor:
+        storage = torch.UntypedStorage(a.untyped_storage().nbytes(), device=a.device)
+        return a.new_empty(0).set_(storage, a.storage_offset(), a.shape, a.stride()).copy_(a)
+
+    return [copied(a) if what in op.mutates else a for what, a in zip(op.argument_names, args, strict=True)]
+
+
 def _values(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     with backend.use_backend(name), torch.no_grad(), poison():
-        ours = as_tuple(op(*args))
-    theirs, exact = as_tuple(op.definition(*args)), as_tuple(op.definition(*_double(args)))
-    for what, y, yd, y64 in zip(op.returns, ours, theirs, exact, strict=True):
+        ours = evaluate(op, args)
+    theirs, exact = evaluate(op, args, op.definition), evaluate(op, _double(args), op.definition)
+    for what, y, yd, y64 in zip(op.returns + op.mutates, ours, theirs, exact, strict=True):
         assert y.shape == yd.shape and y.dtype == yd.dtype and y.stride() == yd.stride(), (
             f"{op.name} on {name}: {what} is {y.dtype}{tuple(y.shape)}, strides {y.stride()}; "
             f"the definition's is {yd.dtype}{tuple(yd.shape)}, strides {yd.stride()}"
@@ -250,7 +268,7 @@ def check_ratios(op: Op, draws: Sequence[Sequence[Any]], name: str) -> list[Rati
 def check_deterministic(op: Op, args: Sequence[Any], name: str) -> None:
     """Values and gradients are bit-identical when the call is repeated."""
     with backend.use_backend(name):
-        first, second = as_tuple(op(*args)), as_tuple(op(*args))
+        first, second = evaluate(op, args), evaluate(op, args)
         results = [first, second]
         if op.differentiable:
             dys = [None if i in op.non_differentiable else torch.ones_like(o) for i, o in enumerate(first)]
@@ -300,13 +318,15 @@ def check_distant(op: Op, args: Sequence[Any], name: str) -> None:
 
 
 def check_untouched(op: Op, args: Sequence[Any], name: str) -> None:
-    """No argument is written to, and no output shares memory with an argument."""
-    before = copy.deepcopy(list(args))
+    """No argument is written to that the op does not say it writes to, and no output shares memory with one."""
+    args = fresh(op, args)
+    before = copy.deepcopy(args)
     with backend.use_backend(name):
         outputs = as_tuple(op(*args))
-    for a, b in zip(args, before, strict=True):
+    for what, a, b in zip(op.argument_names, args, before, strict=True):
         if isinstance(a, Tensor):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            if what not in op.mutates:
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
             for o in outputs:
                 if o.numel() and a.numel():
                     assert o.untyped_storage().data_ptr() != a.untyped_storage().data_ptr(), "output is a view"
@@ -376,10 +396,11 @@ def check_compiled(op: Op, args: Sequence[Any], name: str) -> None:
     """opcheck, ``torch.compile(fullgraph=True)``, ``torch.export`` and activation checkpointing, on one backend."""
     with backend.use_backend(name):
         torch.library.opcheck(getattr(torch.ops.dlops, op.name).default, _leaves(args, op.differentiable))
-        eager = as_tuple(op(*args))
+        eager = evaluate(op, args)
         torch._dynamo.reset()
-        compiled = as_tuple(torch.compile(op, fullgraph=True, backend="aot_eager")(*args))
-        exported = as_tuple(torch.export.export(_Module(op, args), _tensors(args)).module()(*_tensors(args)))
+        compiled = evaluate(op, args, torch.compile(op, fullgraph=True, backend="aot_eager"))
+        program = torch.export.export(_Module(op, args), _tensors(fresh(op, args))).module()
+        exported = evaluate(op, args, lambda *given: program(*_tensors(given)))
         for other in (compiled, exported):
             torch.testing.assert_close(other, eager, rtol=0, atol=0, equal_nan=True)
         if op.differentiable:
