@@ -116,6 +116,7 @@ class Op:
         name: str,
         load: Callable[[], Callable[..., Any]] | None = None,
         refuses: Callable[..., str | None] | None = None,
+        dtypes: Sequence[torch.dtype] = backend.KERNEL_DTYPES,
     ) -> None:
         """Add the implementation ``name``. Without ``load`` it is found by the op's name: ``dlops_cpu::<op>``,
         ``dlops_cuda::<op>`` (``dlops_simt::<op>`` where CUDA is emulated), or ``dlops.kernels.<family>.<op>`` with the
@@ -126,10 +127,12 @@ class Op:
             load: returns the callable; called once, when the backend is first used.
             refuses: called with the op's arguments, returns why they cannot be served, or ``None``. It looks at
                 shapes, dtypes, devices and plain values only, as does the rule: the answer is remembered for them.
+            dtypes: what a kernel serves, of the first argument.
         """
         by_name = {"cpu": self._load_cpu, "cuda": self._load_cuda, "triton": self._load_triton}
         devices = {"cpu": _refuses_cpu, "cuda": _refuses_cuda, "triton": self._refuses_triton}
-        general = devices.get(name, _refuses_nothing)
+        refusing = devices.get(name)
+        general = functools.partial(refusing, dtypes) if refusing else _refuses_nothing
 
         def combined(*args: Any) -> str | None:
             return general(*args) or (refuses(*args) if refuses is not None else None)
@@ -296,9 +299,9 @@ class Op:
     def _kernels(self) -> Any:
         return importlib.import_module(f"dlops.kernels.{self.family}")
 
-    def _refuses_triton(self, *args: Any) -> str | None:
+    def _refuses_triton(self, dtypes: Sequence[torch.dtype], *args: Any) -> str | None:
         device = "cpu" if backend.triton_interpreted() else "cuda"
-        return _refuses(args, device) or self._kernels().unsupported(self.name, *args)
+        return _refuses(args, device, dtypes) or self._kernels().unsupported(self.name, *args)
 
 
 def op(
@@ -385,19 +388,20 @@ def _refuses_nothing(*args: Any) -> str | None:
     return None
 
 
-def _refuses(args: Sequence[Any], device: str) -> str | None:
+def _refuses(args: Sequence[Any], device: str, dtypes: Sequence[torch.dtype]) -> str | None:
     # The first argument speaks for all: an op's check has compared them, and runs on every host call's path.
     x = args[0]
     if not (x.is_cpu if device == "cpu" else x.is_cuda):
         return f"it runs on {device} tensors, got one on {x.device}"
-    if x.dtype not in backend.KERNEL_DTYPES:
-        return f"it serves float32, bfloat16 and float16, got {x.dtype}"
+    if x.dtype not in dtypes:
+        *some, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        return f"it serves {', '.join(some)} and {last}, got {x.dtype}"
     return None
 
 
-def _refuses_cpu(*args: Any) -> str | None:
-    return _refuses(args, "cpu")
+def _refuses_cpu(dtypes: Sequence[torch.dtype], *args: Any) -> str | None:
+    return _refuses(args, "cpu", dtypes)
 
 
-def _refuses_cuda(*args: Any) -> str | None:
-    return _refuses(args, "cpu" if backend.cuda_emulated() else "cuda")
+def _refuses_cuda(dtypes: Sequence[torch.dtype], *args: Any) -> str | None:
+    return _refuses(args, "cpu" if backend.cuda_emulated() else "cuda", dtypes)

@@ -8,15 +8,21 @@
 namespace dlops {
 inline namespace DLOPS_ISA {
 
+template <int... kLane>
+DLOPS_HD vfloat shuffle(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, vint{kLane...});
+#endif
+}
+
 // Of two vectors seen as blocks of kBlock lanes, the even blocks (or the odd ones), a's and b's in turn.
 template <int kBlock, bool kOdd, int... kLane>
 DLOPS_HD vfloat pick(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
   constexpr int kShift = kOdd ? kBlock : 0;
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (kLane + kShift - (kLane & kBlock) + (kLane & kBlock ? kLanes : 0))...);
-#else
-  return __builtin_shuffle(a, b, vint{(kLane + kShift - (kLane & kBlock) + (kLane & kBlock ? kLanes : 0))...});
-#endif
+  return shuffle(a, b,
+                 std::integer_sequence<int, (kLane + kShift - (kLane & kBlock) + (kLane & kBlock ? kLanes : 0))...>{});
 }
 
 template <int kBlock>
@@ -27,6 +33,29 @@ DLOPS_HD vfloat even(vfloat a, vfloat b) {
 template <int kBlock>
 DLOPS_HD vfloat odd(vfloat a, vfloat b) {
   return pick<kBlock, true>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+template <bool kOdd, int... kLane>
+DLOPS_HD vfloat every_second(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
+  return shuffle(a, b, std::integer_sequence<int, 2 * kLane + kOdd...>{});
+}
+
+template <bool kHigh, int... kLane>
+DLOPS_HD vfloat in_turn(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
+  return shuffle(a, b,
+                 std::integer_sequence<int, kLane / 2 + (kHigh ? kLanes / 2 : 0) + (kLane % 2 ? kLanes : 0)...>{});
+}
+
+// The even (or the odd) lanes of a and then b, and what undoes it: the lanes of a and b in turn, the first kLanes or
+// the last.
+template <bool kOdd>
+DLOPS_HD vfloat every_second(vfloat a, vfloat b) {
+  return every_second<kOdd>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+template <bool kHigh>
+DLOPS_HD vfloat in_turn(vfloat a, vfloat b) {
+  return in_turn<kHigh>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
 template <int kBlock = kLanes / 2>

@@ -4,54 +4,18 @@
 #pragma once
 
 #include "core/math.h"
-#include "core/shuffle.h"
-#include "cpu/scan.h"
+#include "cpu/lanes.h"
 
 namespace dlops {
 inline namespace DLOPS_ISA {
 namespace {
 
-#define DLOPS_INLINE __attribute__((always_inline))
-
 constexpr int64_t kSegment = 64;  // steps that the forward stages at once
 
 // ---- states --------------------------------------------------------------------------------------------------------
 
-struct Complex {
-  vfloat re, im;
-};
-
-DLOPS_HD Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
-DLOPS_HD Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
-DLOPS_HD Complex operator*(Complex a, vfloat b) { return {a.re * b, a.im * b}; }
-DLOPS_HD Complex conjugate(Complex a) { return {a.re, -a.im}; }
-DLOPS_HD vfloat conjugate(vfloat a) { return a; }
-DLOPS_HD vfloat real_part(Complex a) { return a.re; }
-DLOPS_HD vfloat real_part(vfloat a) { return a; }
-
-template <class S>
-constexpr bool kIsComplex = false;
-template <>
-inline constexpr bool kIsComplex<Complex> = true;
-template <class S>
-constexpr int kParts = kIsComplex<S> ? 2 : 1;
 template <class S>
 constexpr int kTile = 4 / kParts<S>;
-
-template <class S>
-DLOPS_HD S load_state(const float* p, int64_t part) {
-  if constexpr (kIsComplex<S>)
-    return {load(p, Full{}), load(p + part, Full{})};
-  else
-    return load(p, Full{});
-}
-
-DLOPS_HD void store_state(float* p, int64_t, vfloat s) { store(p, s, Full{}); }
-
-DLOPS_HD void store_state(float* p, int64_t part, Complex s) {
-  store(p, s.re, Full{});
-  store(p + part, s.im, Full{});
-}
 
 template <class S>
 DLOPS_HD S broadcast(const float* p, int64_t part) {
@@ -109,48 +73,6 @@ struct Decay<Complex, kCount> {
 };
 
 // ---- staging -------------------------------------------------------------------------------------------------------
-
-// out[row][lane] of a strided source, `out_stride` floats per row; lanes that do not exist are zero.
-template <class T>
-void load_lanes(const T* p, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, float* out,
-                int64_t out_stride = kLanes) {
-  if (lane_stride == 1 && lanes == kLanes) {
-    for (int64_t row = 0; row < rows; ++row) store(out + row * out_stride, load(p + row * row_stride, Full{}), Full{});
-  } else if (row_stride == 1 && lanes == kLanes) {
-    for_lanes(rows, [&](int64_t row, auto part) DLOPS_INLINE {
-      vfloat v[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) v[lane] = load(p + lane * lane_stride + row, part);
-      transpose(v);
-      const int64_t count = rows - row < kLanes ? rows - row : kLanes;
-      for (int64_t i = 0; i < count; ++i) store(out + (row + i) * out_stride, v[i], Full{});
-    });
-  } else {
-    for (int64_t row = 0; row < rows; ++row) {
-      float* to = out + row * out_stride;
-      for (int lane = 0; lane < lanes; ++lane) to[lane] = to_float(p[lane * lane_stride + row * row_stride]);
-      for (int lane = lanes; lane < kLanes; ++lane) to[lane] = 0;
-    }
-  }
-}
-
-template <class T>
-void store_lanes(T* p, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, const float* in) {
-  if (lane_stride == 1 && lanes == kLanes) {
-    for (int64_t row = 0; row < rows; ++row) store(p + row * row_stride, load(in + row * kLanes, Full{}), Full{});
-  } else if (row_stride == 1 && lanes == kLanes) {
-    for_lanes(rows, [&](int64_t row, auto part) DLOPS_INLINE {
-      vfloat v[kLanes]{};
-      const int64_t count = rows - row < kLanes ? rows - row : kLanes;
-      for (int64_t i = 0; i < count; ++i) v[i] = load(in + (row + i) * kLanes, Full{});
-      transpose(v);
-      for (int lane = 0; lane < kLanes; ++lane) store(p + lane * lane_stride + row, v[lane], part);
-    });
-  } else {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int lane = 0; lane < lanes; ++lane)
-        p[lane * lane_stride + row * row_stride] = from_float<T>(in[row * kLanes + lane]);
-  }
-}
 
 // (channels, states) contiguous, as A and the states are kept, to Lanes and back; a null source is zero.
 template <class S>
@@ -322,26 +244,6 @@ void for_segments(const Scan& p, int64_t batch, int64_t length, F f) {
                 k == first + count - 1 ? end : (k + 1) * length, k == first, k == first + count - 1});
     }
   }
-}
-
-// Hands out parts of a task's scratch memory.
-struct Scratch {
-  float* next;
-  float* take(int64_t floats) {
-    float* taken = next;
-    next += floats;
-    return taken;
-  }
-};
-
-template <class T>
-const T* at(const ScanTensor& x, int64_t batch, int64_t channel, int64_t step) {
-  return static_cast<const T*>(x.data) + batch * x.batch + channel * x.channel + step * x.step;
-}
-
-template <class T>
-T* at(const ScanOutput& x, int64_t batch, int64_t channel, int64_t step) {
-  return static_cast<T*>(x.data) + batch * x.batch + channel * x.channel + step * x.step;
 }
 
 // delta = softplus(delta + bias), as the flags say, in place; returns the largest |delta|.

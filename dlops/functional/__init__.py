@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dlops import backend
 from dlops.functional.conv1d import causal_conv1d
+from dlops.functional.linear_scan import linear_scan
 from dlops.functional.scan import selective_scan
 from dlops.functional.state_update import causal_conv1d_update, selective_state_update
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
@@ -41,6 +42,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "linear_act",
+    "linear_scan",
     "maxout_linear",
     "mish",
     "relu",

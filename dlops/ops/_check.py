@@ -65,3 +65,18 @@ class Arguments:
             raise RuntimeError(
                 f"{self.op}: {name} is on {tensor.device}, accepted is {self.first}'s device, {self.tensor.device}"
             )
+
+    def sequences(self, batch: int, cu_seqlens: Tensor | None) -> tuple[str, int]:
+        """What the first dimension of the states is called, and its size; checks cu_seqlens, if given."""
+        if cu_seqlens is None:
+            return "batch", batch
+        if batch != 1:
+            raise RuntimeError(
+                f"{self.op}: {self.first} has batch {batch}, accepted is 1 with cu_seqlens (packed sequences)"
+            )
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise RuntimeError(
+                f"{self.op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, accepted is (num_sequences + 1,)"
+            )
+        self.check("cu_seqlens", cu_seqlens, torch.int32, ("(num_sequences + 1,)", cu_seqlens.shape))
+        return "num_sequences", cu_seqlens.shape[0] - 1

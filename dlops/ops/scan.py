@@ -71,17 +71,7 @@ def _check_selective_scan(
     arguments.check("D", D, real, per_channel)
     arguments.check("z", z, u.dtype, per_step)
     arguments.check("delta_bias", delta_bias, real, per_channel)
-    sequences = "batch"
-    count = batch
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise RuntimeError(f"selective_scan: u has batch {batch}, accepted is 1 with cu_seqlens (packed sequences)")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise RuntimeError(
-                f"selective_scan: cu_seqlens has shape {tuple(cu_seqlens.shape)}, accepted is (num_sequences + 1,)"
-            )
-        arguments.check("cu_seqlens", cu_seqlens, torch.int32, ("(num_sequences + 1,)", cu_seqlens.shape))
-        sequences, count = "num_sequences", cu_seqlens.shape[0] - 1
+    sequences, count = arguments.sequences(batch, cu_seqlens)
     arguments.check("initial_state", initial_state, state, (f"({sequences}, dim, dstate)", (count, dim, dstate)))
 
 

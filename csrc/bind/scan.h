@@ -1,0 +1,61 @@
+// What the bindings of the scans share: arguments as the kernels take them, tasks with scratch memory.
+#pragma once
+
+#include "bind/cpu.h"
+#include "cpu/scan.h"
+
+namespace dlops {
+
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline void check_exact(const char* name, const Tensor& tensor, ScalarType dtype, const Sizes& sizes) {
+  bool same = tensor.dim() == int64_t(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(int64_t(i)) == sizes[i];
+  check(same && tensor.scalar_type() == dtype && tensor.device().type() == DeviceType::CPU, name, ": expected shape ",
+        Shape{sizes}, " on the cpu, of the state's or the input's dtype, got ", tensor);
+}
+
+// Contiguous copies of what the kernels take as plain pointers.
+struct Held {
+  std::vector<Tensor> tensors;
+  template <class T>
+  const T* data(const Tensor& tensor) {
+    tensors.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    return static_cast<const T*>(tensors.back().const_data_ptr());
+  }
+};
+
+inline const float* parameter(Held& held, const char* name, const OptionalTensor& tensor, ScalarType dtype,
+                              const Sizes& sizes) {
+  if (!tensor) return nullptr;
+  check_exact(name, *tensor, dtype, sizes);
+  return held.data<float>(*tensor);
+}
+
+inline ScanTensor view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+inline ScanOutput output(Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// Shaped like x; channels last in memory if x is.
+inline Tensor allocate_steps(const Tensor& x) {
+  const int64_t batch = x.size(0), dim = x.size(1), steps = x.size(2);
+  if (x.stride(1) == 1 && x.stride(2) != 1)
+    return torch::stable::transpose(allocate(x, {batch, steps, dim}, x.scalar_type()), 1, 2);
+  return allocate(x, {batch, dim, steps}, x.scalar_type());
+}
+
+// f(begin, end, scratch) over the tasks on torch's threads; elements is the work of one task.
+template <class F>
+void run_tasks(int64_t tasks, int64_t elements, int64_t scratch, const F& f) {
+  parallel(tasks, elements, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kAlign = 64;
+    std::vector<float> memory(scratch + kAlign / sizeof(float));
+    float* aligned = memory.data() + (kAlign - uintptr_t(memory.data()) % kAlign) % kAlign / sizeof(float);
+    f(begin, end, aligned);
+  });
+}
+
+}  // namespace dlops
