@@ -1,5 +1,16 @@
 """Reference model blocks built from dlops.nn and dlops.functional; :mod:`dlops.models.plain` has the plain twins."""
 
+from dlops.models.mamba import Mamba, MambaBlock, MambaMixer, MambaState, mamba_130m
 from dlops.models.perceptron import MLP, MaxoutNetwork, McCullochPitts, Perceptron
 
-__all__ = ["MLP", "MaxoutNetwork", "McCullochPitts", "Perceptron"]
+__all__ = [
+    "MLP",
+    "Mamba",
+    "MambaBlock",
+    "MambaMixer",
+    "MambaState",
+    "MaxoutNetwork",
+    "McCullochPitts",
+    "Perceptron",
+    "mamba_130m",
+]
