@@ -27,7 +27,7 @@ from .linear_tiles import (
     tile_for,
     tiles_of,
 )
-from .matmul import add_bias, finish, finish_gated, load_tile, multiply_add, store_tile, tile_origin
+from .matmul import add_bias, end_run, finish, finish_gated, load_tile, multiply_add, store_tile, tile_origin
 from .runtime import ALL_REGISTERS, FP_FUSION, as_rows, device_of, on_device, unsupported
 
 __all__ = [
@@ -63,24 +63,18 @@ def linear_act_kernel(
     GROUP_M: tl.constexpr,  # rows of tiles walked together
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     TMA: tl.constexpr,  # x, weight, y and pre are descriptors
-    RUN: tl.constexpr = 512,  # full float32 sums runs of so many products, then the runs
 ):
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=TMA):
         row, col = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        total = 0.0  # of runs in full precision, which long sums of it need; tensor cores round less
-        if PRECISION == "ieee":
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total = tl.zeros_like(acc) if PRECISION == "ieee" else 0.0
         for k in range(0, K, BLOCK_K):
             a = load_tile(x, row, k, 0, M, K, stride_x, BLOCK_M, BLOCK_K, EVEN_K, TMA)
             b = load_tile(weight, col, k, 0, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN_K, TMA)
             acc = multiply_add(a, b, acc, PRECISION)
             if PRECISION == "ieee":
-                if k % RUN == RUN - BLOCK_K:
-                    total += acc
-                    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc += total
-        finish(acc, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA)
+                total, acc = end_run(total, acc, k, BLOCK_K)
+        finish(acc + total, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -114,12 +108,19 @@ def gated_linear_kernel(
         row, col = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total_gate = tl.zeros_like(acc_gate) if PRECISION == "ieee" else 0.0
+        total_up = total_gate
         for k in range(0, K, BLOCK_K):
             a = load_tile(x, row, k, 0, M, K, stride_x, BLOCK_M, BLOCK_K, EVEN_K, TMA)
             b = load_tile(weight_gate, col, k, 0, N, K, stride_gate, BLOCK_N, BLOCK_K, EVEN_K, TMA)
             acc_gate = multiply_add(a, b, acc_gate, PRECISION)
             b = load_tile(weight_up, col, k, 0, N, K, stride_up, BLOCK_N, BLOCK_K, EVEN_K, TMA)
             acc_up = multiply_add(a, b, acc_up, PRECISION)
+            if PRECISION == "ieee":
+                total_gate, acc_gate = end_run(total_gate, acc_gate, k, BLOCK_K)
+                total_up, acc_up = end_run(total_up, acc_up, k, BLOCK_K)
+        acc_gate += total_gate
+        acc_up += total_up
         finish_gated(
             acc_gate, acc_up, bias_gate, bias_up, y, gate, up, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, BLOCK_N, TMA
         )
@@ -152,11 +153,14 @@ def maxout_linear_kernel(
         piece_of_best = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         for piece in range(PIECES):
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            total = tl.zeros_like(acc) if PRECISION == "ieee" else 0.0
             for k in range(0, K, BLOCK_K):
                 a = load_tile(x, row, k, 0, M, K, stride_x, BLOCK_M, BLOCK_K, EVEN_K, TMA)
                 b = load_tile(weight, col, k, piece * K, N, K, stride_weight, BLOCK_N, BLOCK_K, EVEN_K, TMA)
                 acc = multiply_add(a, b, acc, PRECISION)
-            acc = add_bias(acc, bias, col, PIECES, piece, N, BLOCK_N)
+                if PRECISION == "ieee":
+                    total, acc = end_run(total, acc, k, BLOCK_K)
+            acc = add_bias(acc + total, bias, col, PIECES, piece, N, BLOCK_N)
             better = (acc > best) | ((acc != acc) & (best == best))
             best = tl.where(better, acc, best)
             piece_of_best = tl.where(better, piece, piece_of_best)

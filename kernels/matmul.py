@@ -82,6 +82,15 @@ def multiply_add(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def end_run(total, acc, k, BLOCK_K: tl.constexpr, RUN: tl.constexpr = 256):
+    """(total, acc): full float32 sums runs of RUN products, then the runs; tensor cores round less."""
+    if k % RUN == RUN - BLOCK_K:
+        total += acc
+        acc = tl.zeros_like(acc)
+    return total, acc
+
+
+@triton.jit
 def finish(
     acc,
     bias,
