@@ -1,8 +1,10 @@
 """``patch(model)``: run a model's torch.nn modules on dlops, in place; ``unpatch(model)``: undo it."""
 
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
@@ -16,6 +18,8 @@ _REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
 }
+# Modules of Hugging Face's that have mixers of dlops.compat.hugging_face.
+_MAMBA = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("mamba", "falcon_mamba", "jamba"))
 _SWAPPED_IN = (*_REPLACEMENTS.values(), nn.LinearAct, FusedActivation)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -76,8 +80,10 @@ def patch(model: Module) -> Report:
 
     torch.nn's ``Linear``, ``LayerNorm`` and ``RMSNorm`` become dlops.nn's, exact types only; a linear whose output
     provably goes to one activation module and nowhere else becomes a :class:`dlops.nn.LinearAct`, and the activation an
-    identity. Nothing but the class of a module changes: parameters, buffers, names, state dict, hooks and
-    optimizers stay; the patched model pickles, copies, compiles and trains as before. Patching twice does nothing more.
+    identity. The Mamba mixers of Hugging Face's Mamba, FalconMamba and Jamba become those of
+    :mod:`dlops.compat.hugging_face`, for training and for generation from a cache. Nothing but the class of a module
+    changes: parameters, buffers, names, state dict, hooks and optimizers stay; the patched model pickles, copies,
+    compiles and trains as before. Patching twice does nothing more.
 
     The proof holds for the model as it is now and for calls that go through the modules' ``forward``. Until
     :func:`unpatch` a fused linear's own output is already activated, and the activation's settings are fixed: code that
@@ -107,17 +113,22 @@ def patch(model: Module) -> Report:
         if type(activation) is not FusedActivation:
             _swap(activation, FusedActivation)
         entries.append(Entry(prover.names[linear], f"Linear -> {name}"))
+    replacements = _replacements(model)
     for module, name in prover.names.items():
-        kind = next((base for base in _REPLACEMENTS if _resembles(module, base)), None)
+        original = vars(module).get("_dlops_original", type(module))
+        kind = original if original in replacements else next((b for b in replacements if _resembles(module, b)), None)
         if kind is None or module in fused:
             continue
         reason = _obstacle(module)
         if type(module) is not kind:
             qualified = f"{type(module).__module__}.{type(module).__qualname__}"
-            is_own = qualified.startswith(f"{nn.__name__}.")
-            reason = "is already dlops.nn's" if is_own else f"{qualified} is not torch.nn.{kind.__name__}"
+            package = kind.__module__.partition(".")[0]
+            expected = f"torch.nn.{kind.__name__}" if package == "torch" else f"{package}' {kind.__name__}"
+            reason = "is already dlops'" if qualified.startswith("dlops.") else f"{qualified} is not {expected}"
+        elif not reason and hasattr(replacements[kind], "obstacle"):
+            reason = replacements[kind].obstacle(module)
         if not reason:
-            _swap(module, _REPLACEMENTS[kind])
+            _swap(module, replacements[kind])
         entries.append(Entry(name, kind.__name__, reason or ""))
     return Report(tuple(entries))
 
@@ -133,7 +144,7 @@ def unpatch(model: Module) -> int:
     """
     patched = {name: module for name, module in model.named_modules() if "_dlops_original" in vars(module)}
     for name, module in patched.items():
-        if type(module) not in _SWAPPED_IN:
+        if not _swapped_in(type(module)):
             raise RuntimeError(
                 f"unpatch: {name or 'the model'} has become a {type(module).__module__}.{type(module).__qualname__} "
                 f"since it was patched; undo that first"
@@ -143,6 +154,20 @@ def unpatch(model: Module) -> int:
             del module.activation, module.activation_params
         module.__class__ = vars(module).pop("_dlops_original")
     return len(patched)
+
+
+def _replacements(model: Module) -> Mapping[type[Module], Any]:
+    """What is swapped for what. transformers is imported by a model that has its mixers, not by dlops."""
+    if not any(base.__module__ in _MAMBA for module in model.modules() for base in type(module).__mro__):
+        return _REPLACEMENTS
+    from dlops.compat import hugging_face
+
+    return _REPLACEMENTS | hugging_face.REPLACEMENTS
+
+
+def _swapped_in(cls: type[Module]) -> bool:
+    hugging_face = sys.modules.get("dlops.compat.hugging_face")
+    return cls in _SWAPPED_IN or (hugging_face is not None and cls in hugging_face.REPLACEMENTS.values())
 
 
 def _swap(module: Module, cls: type[Module]) -> None:
