@@ -37,7 +37,11 @@ def _json_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, accepted is a file name ending in .json; names of cases come first"
         )
-    return Path(text)
+    path = Path(text)
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if path.is_dir() or not (existing.is_dir() or path.exists()) or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{existing} cannot be written to")
+    return path
 
 
 def parser() -> argparse.ArgumentParser:

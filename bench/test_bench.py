@@ -96,6 +96,16 @@ def test_measuring_some_rows_again_keeps_the_others(case, monkeypatch, capsys, t
     assert "holds results of another" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("static", [[], ["--static"]])
+def test_results_that_could_not_be_kept_are_not_measured(static, capsys, tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for path in (tmp_path / "file" / "x.json", tmp_path / "folder.json"):
+        with pytest.raises(SystemExit):
+            command.main([*static, "--json", str(path)])
+        assert "cannot be written to" in capsys.readouterr().err
+
+
 def test_a_rival_that_cannot_run_is_named(case):
     def broken(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no such kernel")

@@ -18,7 +18,7 @@ from dlops.testing.guard import poison
 pytestmark = pytest.mark.skipif(backend.missing("triton") is not None, reason=str(backend.missing("triton")))
 
 NARROW = Tile(16, 16, 16, 4, 2, 1)
-WIDE = NARROW._replace(block_n=2 * EPILOGUE_COLUMNS.value)  # linear_act's epilogue takes it half at a time
+WIDE = NARROW._replace(block_n=2 * EPILOGUE_COLUMNS.value)  # the epilogues take it half at a time
 ROWS = NARROW.block_m * GROUP_M + 1  # one row of tiles more than a group, with one row in it
 
 
@@ -47,11 +47,14 @@ def test_linear_of_many_tiles(dtype: torch.dtype, tma: bool, device: str) -> Non
 
 
 @pytest.mark.parametrize("tma", [False, True])
-def test_linear_act_of_wide_tiles(tma: bool, device: str) -> None:
+def test_linear_of_wide_tiles(tma: bool, device: str) -> None:
     make = Make(torch.float16, device)
     for N in (WIDE.block_n - 8, WIDE.block_n + 8):
-        args = [make(17, 32), make(N, 32), make(N), "gelu", [], True]
+        x, weight, bias, up, bias_up = make(17, 32), make(N, 32), make(N), make(N, 32), make(N)
+        args = [x, weight, bias, "gelu", [], True]
         check(linear.linear_act, kernels.linear_act(*args, tile=WIDE, tma=tma), args)
+        args = [x, weight, up, bias, bias_up, "silu", [], True]
+        check(linear.gated_linear, kernels.gated_linear(*args, tile=WIDE, tma=tma), args)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
