@@ -32,6 +32,7 @@ class Problem:
         bytes: the fewest bytes that forward, and forward with backward, can move.
         flops: floating-point operations of the same two.
         peers: other libraries' implementations, by name, taking the same arguments.
+        compile: whether torch.compile takes part; it would unroll a loop over a thousand steps for many minutes.
         note: called after the timing; what it returns is printed with the results.
     """
 
@@ -41,6 +42,7 @@ class Problem:
     bytes: tuple[float, float]
     flops: tuple[float, float]
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    compile: bool = True
     note: Callable[[], str] | None = None
 
 

@@ -49,7 +49,9 @@ def _row(job: Job, direction: str, ceilings: dict[str, Any], settings: Settings,
         functions = {"dlops": problem.dlops, "eager": problem.eager}
         if settings.rivals and not job.small:
             torch.compiler.reset()
-            functions |= {"compile": torch.compile(problem.eager, dynamic=False), **problem.peers}
+            if problem.compile:
+                functions["compile"] = torch.compile(problem.eager, dynamic=False)
+            functions |= problem.peers
         calls = contenders(functions, problem, direction)
         difference = _difference(calls["dlops"](), calls["eager"]())
         if not difference < TOO_FAR:
