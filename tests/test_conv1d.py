@@ -171,7 +171,7 @@ def test_sequences_do_not_see_each_other(layout: str) -> None:
         ({"weight": torch.zeros(5, 4)}, RuntimeError, r"weight has shape \(5, 4\), accepted is \(dim, width\)"),
         ({"weight": torch.zeros(4, 0)}, RuntimeError, r"weight has shape \(4, 0\)"),
         ({"weight": torch.zeros(4, 4, dtype=torch.float16)}, RuntimeError, "weight has dtype torch.float16"),
-        ({"bias": torch.zeros(3)}, RuntimeError, r"bias has shape \(3,\), accepted is \(4,\)"),
+        ({"bias": torch.zeros(3)}, RuntimeError, r"bias has shape \(3,\), accepted is \(dim,\) = \(4,\)"),
         ({"bias": torch.zeros(4, device="meta")}, RuntimeError, "bias is on meta"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu', accepted are None, 'silu' and 'swish'"),
         ({"dilation": 0}, ValueError, "dilation is 0"),

@@ -12,10 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlops._op import acc, op
-from dlops.ops._check import FLOATING, check_shape
+from dlops.ops._check import FLOATING, Arguments
 from dlops.ops._layout import asked_for, empty_in_layout_of, in_layout_of
 
 ACTIVATIONS = ("none", "silu")
+
+
+def check_convolution(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dilation: int
+) -> Arguments:
+    """Checks what a convolution and its step share; the result checks their other arguments."""
+    if x.dtype not in FLOATING:
+        raise RuntimeError(f"{name}: x has dtype {x.dtype}, accepted are float32, bfloat16, float16 and float64")
+    if x.dim() != 3:
+        raise RuntimeError(f"{name}: x has shape {tuple(x.shape)}, accepted is (batch, dim, seqlen)")
+    dim = x.shape[1]
+    if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] < 1:
+        raise RuntimeError(f"{name}: weight has shape {tuple(weight.shape)}, accepted is (dim, width) = ({dim}, >= 1)")
+    if dilation < 1:
+        raise ValueError(f"{name}: dilation is {dilation}, accepted are integers >= 1")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation is {activation!r}, accepted are {', '.join(ACTIVATIONS)}")
+    arguments = Arguments(name, "x", x)
+    parameter = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    arguments.check("weight", weight, parameter, ("(dim, width)", weight.shape))
+    arguments.check("bias", bias, parameter, ("(dim,)", (dim,)))
+    return arguments
 
 
 def _check(
@@ -29,49 +51,14 @@ def _check(
     dilation: int,
     return_final_states: bool,
 ) -> None:
-    name = "causal_conv1d"
-    if x.dtype not in FLOATING:
-        raise RuntimeError(f"{name}: x has dtype {x.dtype}, accepted are float32, bfloat16, float16 and float64")
-    if x.dim() != 3:
-        raise RuntimeError(f"{name}: x has shape {tuple(x.shape)}, accepted is (batch, dim, seqlen)")
+    arguments = check_convolution("causal_conv1d", x, weight, bias, activation, dilation)
+    if seq_idx is not None and cu_seqlens is not None:
+        raise ValueError("causal_conv1d: got seq_idx and cu_seqlens, accepted is one of them")
     batch, dim, seqlen = x.shape
-    if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] < 1:
-        raise RuntimeError(f"{name}: weight has shape {tuple(weight.shape)}, accepted is (dim, width) = ({dim}, >= 1)")
-    if dilation < 1:
-        raise ValueError(f"{name}: dilation is {dilation}, accepted are integers >= 1")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation is {activation!r}, accepted are {', '.join(ACTIVATIONS)}")
-    check_shape(name, "bias", bias, torch.Size((dim,)))
-    sequences = batch
-    if cu_seqlens is not None:
-        if seq_idx is not None:
-            raise ValueError(f"{name}: got seq_idx and cu_seqlens, accepted is one of them")
-        if batch != 1:
-            raise RuntimeError(f"{name}: x has batch {batch}, accepted is 1 with cu_seqlens (packed sequences)")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise RuntimeError(
-                f"{name}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, accepted is (num_sequences + 1,)"
-            )
-        sequences = cu_seqlens.shape[0] - 1
-    check_shape(name, "seq_idx", seq_idx, torch.Size((batch, seqlen)))
-    check_shape(name, "initial_states", initial_states, torch.Size((sequences, dim, reach(weight, dilation))))
-    accepted = {
-        "weight": (weight, {x.dtype, torch.promote_types(x.dtype, torch.float32)}),
-        "bias": (bias, {x.dtype, torch.promote_types(x.dtype, torch.float32)}),
-        "initial_states": (initial_states, {x.dtype}),
-        "seq_idx": (seq_idx, {torch.int32}),
-        "cu_seqlens": (cu_seqlens, {torch.int32}),
-    }
-    for argument, (tensor, dtypes) in accepted.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            known = " or ".join(sorted(map(str, dtypes)))
-            raise RuntimeError(
-                f"{name}: {argument} has dtype {tensor.dtype}, accepted is {known} with x of dtype {x.dtype}"
-            )
-        if tensor.device != x.device:
-            raise RuntimeError(f"{name}: {argument} is on {tensor.device}, accepted is x's device, {x.device}")
+    kind, sequences = arguments.sequences(batch, cu_seqlens)
+    states = sequences, dim, reach(weight, dilation)
+    arguments.check("seq_idx", seq_idx, torch.int32, ("(batch, seqlen)", (batch, seqlen)))
+    arguments.check("initial_states", initial_states, x.dtype, (f"({kind}, dim, (width - 1) * dilation)", states))
 
 
 def reach(weight: Tensor, dilation: int) -> int:

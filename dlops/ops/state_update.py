@@ -11,7 +11,7 @@ from torch import Tensor
 from dlops._op import acc, op
 from dlops.ops._check import FLOATING, Arguments
 from dlops.ops._layout import in_layout_of
-from dlops.ops.conv1d import ACTIVATIONS, reach
+from dlops.ops.conv1d import check_convolution, reach
 from dlops.ops.scan import MAX_STATE
 
 # ---- the selective scan's state ------------------------------------------------------------------------------------
@@ -130,21 +130,8 @@ def _check_causal_conv1d_update(
     dilation: int,
 ) -> None:
     name = "causal_conv1d_update"
-    if x.dtype not in FLOATING:
-        raise RuntimeError(f"{name}: x has dtype {x.dtype}, accepted are float32, bfloat16, float16 and float64")
-    if x.dim() != 3:
-        raise RuntimeError(f"{name}: x has shape {tuple(x.shape)}, accepted is (batch, dim, seqlen)")
+    arguments = check_convolution(name, x, weight, bias, activation, dilation)
     batch, dim, _ = x.shape
-    if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] < 1:
-        raise RuntimeError(f"{name}: weight has shape {tuple(weight.shape)}, accepted is (dim, width) = ({dim}, >= 1)")
-    if dilation < 1:
-        raise ValueError(f"{name}: dilation is {dilation}, accepted are integers >= 1")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation is {activation!r}, accepted are {', '.join(ACTIVATIONS)}")
-    arguments = Arguments(name, "x", x)
-    parameter = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    arguments.check("weight", weight, parameter, ("(dim, width)", weight.shape))
-    arguments.check("bias", bias, parameter, ("(dim,)", (dim,)))
     arguments.check("cache_seqlens", cache_seqlens, torch.int32, ("(batch,)", (batch,)))
     entries = _check_entries(arguments, "conv_state", conv_state, "conv_state_indices", conv_state_indices, batch)
     if conv_state.shape[:2] != (entries, dim) or conv_state.dim() != 3 or conv_state.shape[2] < reach(weight, dilation):
