@@ -4,6 +4,9 @@ Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 
 "Transformers are SSMs", 2024 (Mamba-2).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -175,3 +178,15 @@ def causal_conv1d_update(
         after = torch.zeros_like(before).scatter(2, (slots + seqlen) % max(state_len, 1), after)
     _write_entries(conv_state, conv_state_indices, after)
     return in_layout_of((F.silu(y) if activation == "silu" else y).to(x.dtype), x)
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------
+
+
+def _rule(*args: Any) -> Sequence[str]:
+    return ("cpu", "torch") if args[0].is_cpu else ("torch",)
+
+
+for _op in (selective_state_update, causal_conv1d_update):
+    _op.rule = _rule
+    _op.implement("cpu")

@@ -1,0 +1,164 @@
+// Decoding steps on the host. A task is a block of channels of one batch element (and head); what is one number per
+// channel is computed for kLanes channels at once, the scan's states of each channel by themselves.
+#include "cpu/state_update.h"
+
+#include "cpu/lanes.h"
+
+namespace dlops {
+inline namespace DLOPS_ISA {
+namespace {
+
+template <class T, class Pointer>
+T* at(const Strided<Pointer>& x, int64_t i, int64_t j, int64_t k) {
+  return (T*)x.data + i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
+}
+
+template <class T>
+vfloat load_channels(const T* p, int64_t stride, int lanes) {
+  alignas(64) float v[kLanes];
+  load_lanes(p, stride, 0, lanes, 1, v);
+  return load(v, Full{});
+}
+
+// One group's B or C in float, with zeros up to a whole vector.
+template <class T>
+void stage(const Strided<const void*>& x, int64_t batch, int64_t group, int64_t states, float* out) {
+  const T* p = at<const T>(x, batch, group, 0);
+  for_lanes(states, [&](int64_t n, auto part) DLOPS_INLINE {
+    if (x.stride[2] == 1) return store(out + n, load(p + n, part), Full{});
+    for (int64_t i = n; i < n + kLanes; ++i) out[i] = i < states ? to_float(p[i * x.stride[2]]) : 0;
+  });
+}
+
+// The states of one channel go on by a step; returns C . state, of the states before they are rounded.
+template <class H, bool kSameA>
+float advance(const float* A, H* state, float step, float input, const float* B, const float* C, int64_t states) {
+  const vfloat same = kSameA ? exp(splat<vfloat>(step * A[0])) : vfloat{};
+  vfloat sum{};
+  for_lanes(states, [&](int64_t n, auto part) DLOPS_INLINE {
+    const vfloat decay = kSameA ? same : exp(step * load(A + n, part));
+    const vfloat h = decay * load(state + n, part) + input * load(B + n, Full{});
+    store(state + n, h, part);
+    sum += keep(h * load(C + n, Full{}), part);
+  });
+  return horizontal_sum(sum);
+}
+
+template <class T, class H, bool kSameA>
+void scan_task(const ScanUpdate& p, int64_t task) {
+  const int64_t first = task % p.blocks() * kUpdateChannels, head = task / p.blocks() % p.heads;
+  const int64_t batch = task / p.blocks() / p.heads, entry = p.indices ? p.indices[batch] : batch;
+  const int64_t last = first + kUpdateChannels < p.channels ? first + kUpdateChannels : p.channels;
+  alignas(64) float B[kUpdateStates], C[kUpdateStates];
+  stage<T>(p.B, batch, head / (p.heads / p.groups), p.states, B);
+  stage<T>(p.C, batch, head / (p.heads / p.groups), p.states, C);
+  for (int64_t channel = first; channel < last; channel += kLanes) {
+    const int lanes = last - channel < kLanes ? int(last - channel) : kLanes;
+    const vfloat x = load_channels(at<const T>(p.x, batch, head, channel), p.x.stride[2], lanes);
+    vfloat step = load_channels(at<const T>(p.dt, batch, head, channel), p.dt.stride[2], lanes);
+    if (p.dt_bias.data) step += load_channels(at<const float>(p.dt_bias, 0, head, channel), p.dt_bias.stride[2], lanes);
+    if (p.dt_softplus) step = softplus(step);
+    const vfloat input = step * x;
+    alignas(64) float sums[kLanes]{};
+    for (int lane = 0; lane < lanes; ++lane)
+      sums[lane] =
+          advance<H, kSameA>(at<const float>(p.A, head, channel + lane, 0), at<H>(p.state, entry, head, channel + lane),
+                             step[lane], input[lane], B, C, p.states);
+    vfloat y = load(sums, Full{});
+    if (p.D.data) y += load_channels(at<const float>(p.D, 0, head, channel), p.D.stride[2], lanes) * x;
+    if (p.z.data) {
+      const vfloat gate = load_channels(at<const T>(p.z, batch, head, channel), p.z.stride[2], lanes);
+      y *= gate * sigmoid(gate);
+    }
+    store(sums, y, Full{});
+    store_lanes(at<T>(p.y, batch, head, channel), p.y.stride[2], 0, lanes, 1, sums);
+  }
+}
+
+float element(const void* p, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::kBFloat16: return to_float(static_cast<const bfloat16*>(p)[i]);
+    case Dtype::kFloat16: return to_float(static_cast<const float16*>(p)[i]);
+    default: return static_cast<const float*>(p)[i];
+  }
+}
+
+template <class T>
+void conv_task(const ConvUpdate& p, int64_t task) {
+  const int64_t batch = task / p.blocks(), entry = p.indices ? p.indices[batch] : batch;
+  const int64_t first = task % p.blocks() * kUpdateChannels;
+  const int64_t count = first + kUpdateChannels < p.channels ? kUpdateChannels : p.channels - first;
+  const int64_t length = p.state_len, oldest = p.seen && length ? (p.seen[batch] % length + length) % length : 0;
+  const auto slot = [&](int64_t i) {  // where the i-th oldest step is, and the one that takes its place
+    const int64_t place = oldest + i;
+    return p.seen && place >= length ? place - length : place;
+  };
+  alignas(64) float sums[kUpdateChannels];
+  for (int64_t t = 0; t < p.steps; ++t) {
+    for (int64_t c = 0; c < count; ++c) {
+      const T* x = at<const T>(p.x, batch, first + c, 0);
+      const T* state = at<const T>(p.state, entry, first + c, 0);
+      float sum = p.bias ? element(p.bias, p.bias_dtype, first + c) : 0;
+      for (int64_t tap = 0; tap < p.width; ++tap) {
+        const int64_t seen = t - (p.width - 1 - tap) * p.dilation;
+        const T value = seen < 0 ? state[slot(length + seen) * p.state.stride[2]] : x[seen * p.x.stride[2]];
+        const int64_t weight = (first + c) * p.weight.stride[1] + tap * p.weight.stride[2];
+        sum += to_float(value) * element(p.weight.data, p.weight_dtype, weight);
+      }
+      sums[c] = sum;
+    }
+    if (p.silu)
+      for_lanes(count, [&](int64_t c, auto part) DLOPS_INLINE {
+        const vfloat pre = load(sums + c, part);
+        store(sums + c, pre * sigmoid(pre), part);
+      });
+    for (int64_t c = 0; c < count; ++c) *at<T>(p.y, batch, first + c, t) = from_float<T>(sums[c]);
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    const T* x = at<const T>(p.x, batch, first + c, 0);
+    T* state = at<T>(p.state, entry, first + c, 0);
+    const int64_t kept = p.steps < length ? length - p.steps : 0;
+    if (!p.seen)
+      for (int64_t i = 0; i < kept; ++i) state[i * p.state.stride[2]] = state[(i + p.steps) * p.state.stride[2]];
+    for (int64_t i = kept; i < length; ++i) {
+      const int64_t t = i - (length - p.steps);
+      const int64_t place = p.seen ? (oldest + t) % length : i;
+      state[place * p.state.stride[2]] = x[t * p.x.stride[2]];
+    }
+  }
+}
+
+template <class T, class H>
+void scan_typed(const ScanUpdate& p, int64_t begin, int64_t end) {
+  const bool same = p.A.stride[2] == 0 && p.states > 0;
+  for (int64_t task = begin; task < end; ++task)
+    same ? scan_task<T, H, true>(p, task) : scan_task<T, H, false>(p, task);
+}
+
+void selective_state_update(const ScanUpdate& p, int64_t begin, int64_t end) {
+  const bool rounded = p.state_dtype != Dtype::kFloat32;
+  switch (p.dtype) {
+    case Dtype::kFloat32: return scan_typed<float, float>(p, begin, end);
+    case Dtype::kBFloat16:
+      return rounded ? scan_typed<bfloat16, bfloat16>(p, begin, end) : scan_typed<bfloat16, float>(p, begin, end);
+    case Dtype::kFloat16:
+      return rounded ? scan_typed<float16, float16>(p, begin, end) : scan_typed<float16, float>(p, begin, end);
+  }
+}
+
+void causal_conv1d_update(const ConvUpdate& p, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) {
+    switch (p.dtype) {
+      case Dtype::kFloat32: conv_task<float>(p, task); break;
+      case Dtype::kBFloat16: conv_task<bfloat16>(p, task); break;
+      case Dtype::kFloat16: conv_task<float16>(p, task); break;
+    }
+  }
+}
+
+}  // namespace
+
+const StateUpdateKernels state_update_kernels = {selective_state_update, causal_conv1d_update};
+
+}  // namespace DLOPS_ISA
+}  // namespace dlops
