@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dlops import backend
 from dlops.functional.conv1d import causal_conv1d
+from dlops.functional.diagonal import diagonal_scan, fft_conv1d, s4d_kernel
 from dlops.functional.linear_scan import linear_scan
 from dlops.functional.scan import selective_scan
 from dlops.functional.ssd_scan import ssd_scan
@@ -35,7 +36,9 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
+    "diagonal_scan",
     "elu",
+    "fft_conv1d",
     "gated_linear",
     "gelu",
     "hardswish",
@@ -48,6 +51,7 @@ __all__ = [
     "mish",
     "relu",
     "rms_norm",
+    "s4d_kernel",
     "selective_scan",
     "selective_state_update",
     "sigmoid",

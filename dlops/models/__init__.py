@@ -2,9 +2,13 @@
 
 from dlops.models.mamba import Mamba, MambaBlock, MambaMixer, MambaState, mamba_130m
 from dlops.models.perceptron import MLP, MaxoutNetwork, McCullochPitts, Perceptron
+from dlops.models.s4d import S4D
+from dlops.models.s5 import S5
 
 __all__ = [
     "MLP",
+    "S4D",
+    "S5",
     "Mamba",
     "MambaBlock",
     "MambaMixer",

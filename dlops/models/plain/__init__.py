@@ -2,5 +2,7 @@
 
 from dlops.models.plain.mamba import Mamba, MambaBlock, MambaMixer
 from dlops.models.plain.perceptron import MLP, MaxoutNetwork, McCullochPitts, Perceptron
+from dlops.models.plain.s4d import S4D
+from dlops.models.plain.s5 import S5
 
-__all__ = ["MLP", "Mamba", "MambaBlock", "MambaMixer", "MaxoutNetwork", "McCullochPitts", "Perceptron"]
+__all__ = ["MLP", "S4D", "S5", "Mamba", "MambaBlock", "MambaMixer", "MaxoutNetwork", "McCullochPitts", "Perceptron"]
