@@ -184,7 +184,8 @@ FAULTY = [
     (
         "shuffle_outside_mask",
         {"block": 32},
-        r"__shfl_xor_sync at {__shfl}: lane \d+ reads lane \d+, which the mask 0x0000ffff does not name",
+        r"thread \((?P<lane>\d+), 0, 0\): __shfl_xor_sync at {__shfl}: lane (?P=lane) reads lane \d+, which the mask "
+        r"0x0000ffff does not name",
     ),
     (
         "caller_outside_mask",

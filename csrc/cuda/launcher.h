@@ -30,14 +30,17 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
 
 inline int64_t processors() { return std::max<int64_t>(1, device_attribute(cudaDevAttrMultiProcessorCount)); }
 
-// Dynamic shared memory that a block can have after allow_shared, less `used` bytes of static arrays.
+// Dynamic shared memory that a block can have after allow_shared, beside `used` bytes of static arrays.
 inline int64_t shared_limit(int64_t used) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - used; }
 
-// Lets a kernel be launched with that much dynamic shared memory; above 48 KiB it must be asked for.
+// Lets a kernel with `used` bytes of static shared arrays be launched with that much dynamic shared memory; above 48
+// KiB together it must be asked for. It asks for all there is: the setting is the kernel's, whatever thread launches it
+// next.
 template <class Kernel>
-const char* allow_shared(Kernel* kernel, int64_t bytes) {
-  if (bytes <= 48 * 1024) return nullptr;
-  return describe(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+const char* allow_shared(Kernel* kernel, int64_t bytes, int64_t used) {
+  if (bytes + used <= 48 * 1024) return nullptr;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_limit(used)));
+  return launch_error();
 }
 
 // Calls f with a null T* of the dtype.

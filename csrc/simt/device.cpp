@@ -3,8 +3,10 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 
 #include "simt/launch.h"
+#include "simt/report.h"
 #include "simt/shared.h"
 #include "simt/worker.h"
 
@@ -73,7 +75,10 @@ cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribu
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (value < 0 || size_t(value) > kMaxShared) return fail(cudaErrorInvalidValue);
   const std::lock_guard lock(shared_limits_mutex);
-  shared_limits[kernel] = value;
+  const auto [limit, first] = shared_limits.try_emplace(kernel, value);
+  if (!first && limit->second != size_t(value))
+    throw std::runtime_error(text("a kernel's limit of dynamic shared memory changes from ", limit->second, " to ",
+                                  value, " bytes: a launch by another thread may need the other one"));
   return cudaSuccess;
 }
 

@@ -18,7 +18,8 @@ namespace {
 std::mutex config_mutex;
 Config the_config;
 
-constexpr size_t kEnough = 16;  // findings
+constexpr size_t kEnough = 16;    // findings
+constexpr int kMostWorkers = 16;  // each maps up to 1024 stacks and their guards, and a process has 65530 maps
 
 void work(Grid& grid) try {
   Worker worker(grid);
@@ -86,6 +87,7 @@ void run(const Launch& launch) {
     cpu_set_t cpus;
     threads = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : CPU_COUNT(&cpus);
   }
+  threads = std::min(threads, kMostWorkers);
   std::vector<std::thread> helpers;
   for (uint64_t i = 1; i < std::min<uint64_t>(threads, grid.blocks); ++i) helpers.emplace_back(work, std::ref(grid));
   work(grid);

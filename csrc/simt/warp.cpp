@@ -25,8 +25,9 @@ struct Shuffle {
 void combine_shuffle(unsigned mask, void* const* payloads) {
   for_lanes<Shuffle>(mask, payloads, [&](unsigned lane, Shuffle& self) {
     if (!(mask >> self.source & 1))
-      fault(text(self.name, " at ", this_worker->thread().where, ": lane ", lane, " reads lane ", self.source,
-                 ", which the mask ", Hex{mask}, " does not name"));
+      this_worker->fault(text(self.name, " at ", this_worker->thread().where, ": lane ", lane, " reads lane ",
+                              self.source, ", which the mask ", Hex{mask}, " does not name"),
+                         this_worker->warp_thread(lane));
     self.result = static_cast<Shuffle*>(payloads[self.source])->value;
   });
 }

@@ -26,7 +26,7 @@ constexpr const char* kVerbs[] = {"read", "write", "atomic update"};  // by Acce
 
 constinit thread_local Worker* this_worker = nullptr;
 
-void fault(const std::string& what) { this_worker->fault(what); }
+void fault(const std::string& what) { this_worker->fault(what, this_worker->thread()); }
 
 uint3 thread_index(const Launch& launch, unsigned id) {
   const dim3 size = launch.block;
@@ -115,9 +115,8 @@ void Worker::thread_entry() {
   switch_fiber(self.fiber, worker.thread_ ? worker.thread_->fiber : worker.main_, true);
 }
 
-void Worker::fault(std::string what) {
-  fault_ =
-      text("kernel ", kernel_name(grid_.launch), ", block ", block_index_, ", thread ", thread_->index, ": ", what);
+void Worker::fault(std::string what, const Thread& by) {
+  fault_ = text("kernel ", kernel_name(grid_.launch), ", block ", block_index_, ", thread ", by.index, ": ", what);
   switch_fiber(thread_->fiber, main_, true);
   __builtin_unreachable();
 }
@@ -171,8 +170,8 @@ int Worker::block_barrier(const char* name, Vote vote, int predicate, const Wher
   const Where& there = first_at_barrier_->where;
   if (name != first_at_barrier_->waits_in || where.line() != there.line() ||
       std::strcmp(where.file_name(), there.file_name()))
-    fault(text("divergent barrier: ", name, " at ", where, " while thread ", first_at_barrier_->index, " waits in ",
-               first_at_barrier_->waits_in, " at ", there));
+    simt::fault(text("divergent barrier: ", name, " at ", where, " while thread ", first_at_barrier_->index,
+                     " waits in ", first_at_barrier_->waits_in, " at ", there));
   if (++at_barrier_ == threads_.size()) {
     int count = 0;
     for (const Thread& thread : threads_) count += thread.vote;
@@ -193,7 +192,7 @@ void Worker::warp_collective(const char* name, unsigned mask, Combine combine, v
   Thread& self = *thread_;
   const unsigned w = self.id / kWarpSize, lane = self.id % kWarpSize;
   if (!(mask >> lane & 1))
-    fault(text(name, " at ", where, ": the mask ", Hex{mask}, " does not name the calling lane ", lane));
+    simt::fault(text(name, " at ", where, ": the mask ", Hex{mask}, " does not name the calling lane ", lane));
   self.waits_in = name;
   self.where = where;
   self.payload = payload;
@@ -229,14 +228,14 @@ void Worker::access(const void* p, size_t size, Access access, const void* code)
 }
 
 void Worker::access_by(unsigned lane, const void* p, size_t size, Access access, const void* code) {
-  const unsigned thread = thread_->id / kWarpSize * kWarpSize + lane;
+  const unsigned thread = warp_thread(lane).id;
   const SharedMemory& shared = memory_->shared;
   if (!shared.contains(p)) {
     if (grid_.config.detect_races) memory_->races.global_access(p, size, access, thread, code);
     return;
   }
   if (const std::string wrong = shared.outside(p, size); !wrong.empty()) [[unlikely]]
-    fault(text(kVerbs[int(access)], " of ", size, " bytes ", wrong, ", by ", source_line(code)));
+    fault(text(kVerbs[int(access)], " of ", size, " bytes ", wrong, ", by ", source_line(code)), warp_thread(lane));
   if (grid_.config.detect_races) memory_->races.shared_access(shared, p, size, access, thread, code);
 }
 

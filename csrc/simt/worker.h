@@ -66,6 +66,9 @@ class Worker {
   void run_block(uint64_t block);  // what goes wrong is for the grid's findings
 
   Thread& thread() { return *thread_; }
+  Thread& warp_thread(unsigned lane) {
+    return threads_[thread_->id / kWarpSize * kWarpSize + lane];
+  }  // of the same warp
   uint3 block_index() const { return block_index_; }
   const Launch& launch() const { return grid_.launch; }
   SharedMemory& shared();
@@ -76,7 +79,7 @@ class Worker {
   void access(const void* p, size_t size, Access access, const void* code);
   void access_by(unsigned lane, const void* p, size_t size, Access access, const void* code);  // of the same warp
   void warp_ordered(unsigned lanes);                                                           // a barrier among them
-  [[noreturn]] void fault(std::string what);  // gives the running block up
+  [[noreturn]] void fault(std::string what, const Thread& by);  // gives the running block up
 
  private:
   struct Memory;
@@ -107,6 +110,6 @@ class Worker {
 
 extern constinit thread_local Worker* this_worker __attribute__((tls_model("initial-exec")));  // null outside a kernel
 uint3 thread_index(const Launch& launch, unsigned id);
-[[noreturn]] void fault(const std::string& what);
+[[noreturn]] void fault(const std::string& what);  // by the running thread
 
 }  // namespace dlops::simt
