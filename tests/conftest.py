@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from dlops import backend
-from dlops.testing import DTYPES, Ratio, numerics_page
+from dlops.testing import Ratio, numerics_page
 from dlops.testing.guard import guard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +80,8 @@ def record_ratios(request: pytest.FixtureRequest) -> Callable[[list[Ratio]], Non
 
     def record(found: list[Ratio]) -> None:
         for r in found:
-            request.node.user_properties.append(("ratio", (r.op, r.what, str(r.dtype), r.backend, r.largest, r.rms)))
+            dtype = str(r.dtype).removeprefix("torch.")
+            request.node.user_properties.append(("ratio", (r.op, r.what, dtype, r.backend, r.largest, r.rms)))
 
     return record
 
@@ -89,5 +90,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if page := config.getoption("--numerics"):
         reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
         found = [value for report in reports for key, value in report.user_properties if key == "ratio"]
-        dtypes = {str(dtype): dtype for dtype in DTYPES}
-        page.write_text(numerics_page([Ratio(op, what, dtypes[dtype], *rest) for op, what, dtype, *rest in found]))
+        ratios = [Ratio(op, what, getattr(torch, dtype), *rest) for op, what, dtype, *rest in found]
+        page.write_text(numerics_page(ratios))

@@ -226,6 +226,7 @@ def numerics_page(found: Sequence[Ratio]) -> str:
     for r in found:
         key = (r.op, r.what, r.backend, r.dtype)
         worst[key] = max(worst.get(key, 0.0), r.largest, r.rms)
+    dtypes = [*DTYPES, *sorted({r.dtype for r in found} - set(DTYPES), key=str)]
     lines = [
         "# Numerics",
         "",
@@ -240,11 +241,11 @@ def numerics_page(found: Sequence[Ratio]) -> str:
         f"{'Triton' + chr(39) + 's interpreter' if backend.triton_interpreted() else 'its compiler'}, cuda on "
         f"{'the host (docs/simt.md)' if backend.cuda_emulated() else 'a GPU'}.",
         "",
-        "| op | output | backend | " + " | ".join(str(d).removeprefix("torch.") for d in DTYPES) + " |",
-        "|---|---|---|" + "---|" * len(DTYPES),
+        "| op | output | backend | " + " | ".join(str(d).removeprefix("torch.") for d in dtypes) + " |",
+        "|---|---|---|" + "---|" * len(dtypes),
     ]
     for op, what, name in sorted({key[:3] for key in worst}):
-        cells = [worst.get((op, what, name, dtype)) for dtype in DTYPES]
+        cells = [worst.get((op, what, name, dtype)) for dtype in dtypes]
         lines.append(f"| {op} | {what} | {name} | " + " | ".join("" if c is None else f"{c:.2f}" for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
