@@ -1,6 +1,7 @@
 // Elementary functions on F = float and, on the host, simd.h's vfloat. No libm call and no
 // branch, so that every loop over them vectorises. Largest error found against float64 with fused multiply-add, in
-// units of the last place: exp and expm1_negative 1.0, exp2 0.9, sigmoid 2.4, softplus 2.6, tanh 2.2.
+// units of the last place: exp and expm1_negative 1.0, exp2 0.9, sigmoid 2.4, softplus 2.6, tanh 2.2;
+// cos_sin_turns 0.7 eps.
 #pragma once
 
 #if defined(__CUDACC__) || defined(DLOPS_SIMT)
