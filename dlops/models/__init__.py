@@ -1,7 +1,6 @@
 """Reference model blocks built from dlops.nn and dlops.functional; :mod:`dlops.models.plain` has the plain twins."""
 
 from dlops.models.mamba import Mamba, MambaBlock, MambaMixer, MambaState, mamba_130m
-from dlops.models.mamba2 import Mamba2Mixer
 from dlops.models.perceptron import MLP, MaxoutNetwork, McCullochPitts, Perceptron
 from dlops.models.s4d import S4D
 from dlops.models.s5 import S5
@@ -11,7 +10,6 @@ __all__ = [
     "S4D",
     "S5",
     "Mamba",
-    "Mamba2Mixer",
     "MambaBlock",
     "MambaMixer",
     "MambaState",
