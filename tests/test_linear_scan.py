@@ -1,5 +1,6 @@
 """The linear recurrence: samples for the contract, other formulas as the reference, bad input."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,8 @@ def linear_scan_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield (*arguments(make, 1, 300, 40, last=True), False)
     yield (*arguments(make, 0, 8, 5), False)
     yield (*arguments(make, 2, 0, 5), True)
-    if make.kind == "normal":
+    # Behind the fences of tests/fence.cpp the definition's backward would need more maps than a process may have.
+    if make.kind == "normal" and "DLOPS_FENCE" not in os.environ:
         yield (*arguments(make, 1, 9, 8200, last=True), False)
         yield (*arguments(make, 1, 9, 8200, complex_=True), True)
 
