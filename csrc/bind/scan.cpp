@@ -7,8 +7,6 @@
 #include <array>
 #include <tuple>
 
-#include "cpu/column_sum.h"
-
 namespace dlops {
 namespace {
 
@@ -53,14 +51,8 @@ Scan scan_of(Held& held, const Arguments& a) {
   p.sequences = p.batch;
   if (a.cu_seqlens) {
     check(p.batch == 1, "u: expected batch 1 with cu_seqlens, got ", a.u);
-    check(a.cu_seqlens->dim() == 1 && a.cu_seqlens->size(0) > 0, "cu_seqlens: expected (num_sequences + 1,), got ",
-          *a.cu_seqlens);
+    p.cu_seqlens = bounds(held, *a.cu_seqlens, p.steps);
     p.sequences = a.cu_seqlens->size(0) - 1;
-    check_exact("cu_seqlens", *a.cu_seqlens, ScalarType::Int, {p.sequences + 1});
-    p.cu_seqlens = held.data<int32_t>(*a.cu_seqlens);
-    bool ok = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.sequences] == p.steps;
-    for (int64_t i = 0; i < p.sequences; ++i) ok &= p.cu_seqlens[i] <= p.cu_seqlens[i + 1];
-    check(ok, "cu_seqlens: expected numbers that do not decrease, from 0 to ", p.steps);
   }
   p.initial_state = parameter(held, "initial_state", a.initial_state, state, {p.sequences, p.dim, p.states});
   p.chunk = 64 * std::max<int64_t>(1, ceil_div(p.states, 16));  // dlops.ops.scan.chunk_length
@@ -105,28 +97,6 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   return {y, last_state, checkpoints};
 }
 
-// A gradient that is summed from partial ones: (count, *sizes) of floats, pairs where complex.
-struct Partial {
-  std::optional<Tensor> memory;
-  int64_t count = 0, width = 0;
-  float* data = nullptr;
-
-  Partial() = default;
-  Partial(const Tensor& like, int64_t count, int64_t width)
-      : memory(allocate(like, {count, width}, ScalarType::Float)), count(count), width(width) {
-    data = memory->mutable_data_ptr<float>();
-  }
-
-  void sum_into(Tensor& out, Dtype dtype) const {
-    const ColumnSum params{dtype, count, width, data, out.mutable_data_ptr()};
-    const auto& kernels = DLOPS_KERNELS(column_sum_kernels);
-    constexpr int64_t kColumns = 64;  // the kernel's tile
-    parallel(ceil_div(width, kColumns), kColumns * count, [&](int64_t begin, int64_t end) {
-      kernels.column_sum(params, begin * kColumns, std::min(end * kColumns, width));
-    });
-  }
-};
-
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
@@ -161,10 +131,10 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
   steps(0, u, p.du);
   steps(1, delta, p.ddelta);
   if (z) steps(6, *z, p.dz);
-  std::array<Partial, 9> partial;
+  std::array<PartialSums, 9> partial;
   const auto summed = [&](int i, int64_t count, int64_t width, float*& to) {
     if (!mask[i]) return;
-    partial[i] = Partial(u, count, width);
+    partial[i] = PartialSums(u, count, width);
     to = partial[i].data;
   };
   const auto coefficient = [&](int i, const ScanCoefficient& x, float*& to) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bind/cpu.h"
+#include "cpu/column_sum.h"
 #include "cpu/scan.h"
 
 namespace dlops {
@@ -35,6 +36,18 @@ inline const float* parameter(Held& held, const char* name, const OptionalTensor
   return held.data<float>(*tensor);
 }
 
+// Of packed sequences: (num_sequences + 1) numbers that do not leave [0, steps].
+inline const int32_t* bounds(Held& held, const Tensor& cu_seqlens, int64_t steps) {
+  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, "cu_seqlens: expected (num_sequences + 1,), got ", cu_seqlens);
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  check_exact("cu_seqlens", cu_seqlens, ScalarType::Int, {sequences + 1});
+  const int32_t* edges = held.data<int32_t>(cu_seqlens);
+  bool ok = edges[0] == 0 && edges[sequences] == steps;
+  for (int64_t i = 0; i < sequences; ++i) ok &= edges[i] <= edges[i + 1];
+  check(ok, "cu_seqlens: expected numbers that do not decrease, from 0 to ", steps);
+  return edges;
+}
+
 inline ScanTensor view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 inline ScanOutput output(Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
@@ -57,5 +70,27 @@ void run_tasks(int64_t tasks, int64_t elements, int64_t scratch, const F& f) {
     f(begin, end, aligned);
   });
 }
+
+// A gradient that is summed from partial ones: (count, *sizes) of floats, pairs where complex.
+struct PartialSums {
+  std::optional<Tensor> memory;
+  int64_t count = 0, width = 0;
+  float* data = nullptr;
+
+  PartialSums() = default;
+  PartialSums(const Tensor& like, int64_t count, int64_t width)
+      : memory(allocate(like, {count, width}, ScalarType::Float)), count(count), width(width) {
+    data = memory->mutable_data_ptr<float>();
+  }
+
+  void sum_into(Tensor& out, Dtype dtype) const {
+    const ColumnSum params{dtype, count, width, data, out.mutable_data_ptr()};
+    const auto& kernels = DLOPS_KERNELS(column_sum_kernels);
+    constexpr int64_t kColumns = 64;  // the kernel's tile
+    parallel(ceil_div(width, kColumns), kColumns * count, [&](int64_t begin, int64_t end) {
+      kernels.column_sum(params, begin * kColumns, std::min(end * kColumns, width));
+    });
+  }
+};
 
 }  // namespace dlops

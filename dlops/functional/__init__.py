@@ -19,6 +19,7 @@ from dlops.functional.conv1d import causal_conv1d
 from dlops.functional.diagonal import diagonal_scan, fft_conv1d, s4d_kernel
 from dlops.functional.linear_scan import linear_scan
 from dlops.functional.scan import selective_scan
+from dlops.functional.ssd_scan import ssd_scan
 from dlops.functional.state_update import causal_conv1d_update, selective_state_update
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
@@ -56,6 +57,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "softplus",
+    "ssd_scan",
     "tanh",
 ]
 
