@@ -1,4 +1,4 @@
-"""Mamba against its plain twin: values, gradients, training, and decoding step by step."""
+"""Mamba and Mamba-2 against their plain twins: values, gradients, training, and decoding step by step."""
 
 import copy
 
@@ -11,13 +11,16 @@ from dlops import backend, models
 from dlops.models import plain
 from dlops.testing import RATIO, error_ratio
 
-SIZES = {"vocab_size": 31, "d_model": 24, "n_layer": 3, "d_state": 5, "dt_rank": 2}
 MIXER = {"d_model": 24, "d_state": 5, "d_conv": 3, "dt_rank": 2}
+MIXER2 = {"d_model": 24, "d_state": 5, "d_conv": 3, "headdim": 8, "ngroups": 2}
+MODEL = {"vocab_size": 31, "n_layer": 3}
+MODELS = {"Mamba": MODEL | MIXER, "Mamba2": MODEL | MIXER2}
+BLOCKS = {"MambaMixer": MIXER, "MambaBlock": MIXER, "Mamba2Mixer": MIXER2}
 
 
 def twins(name: str) -> tuple[nn.Module, nn.Module]:
     """The block and its plain twin, with the same parameters."""
-    sizes = SIZES if name == "Mamba" else MIXER
+    sizes = (MODELS | BLOCKS)[name]
     ours, theirs = getattr(models, name)(**sizes), getattr(plain, name)(**sizes)
     theirs.load_state_dict(ours.state_dict())
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -33,7 +36,7 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [None, "torch", "cpu"])
-@pytest.mark.parametrize("block", ["MambaMixer", "MambaBlock", "Mamba"])
+@pytest.mark.parametrize("block", [*BLOCKS, *MODELS])
 def test_equal_to_plain(block: str, name: str | None, dtype: torch.dtype) -> None:
     if name is not None and backend.missing(name):
         pytest.skip(str(backend.missing(name)))
@@ -41,7 +44,8 @@ def test_equal_to_plain(block: str, name: str | None, dtype: torch.dtype) -> Non
     exactly = copy.deepcopy(theirs).double()
     draws = []
     for _ in range(8):  # few small gradients say little about their largest error
-        x = torch.randint(31, (2, 19)) if block == "Mamba" else torch.randn(2, 19, 24).to(dtype)
+        steps = 70 if block == "Mamba2Mixer" else 19  # more than a chunk of its scan
+        x = torch.randint(31, (2, steps)) if block in MODELS else torch.randn(2, steps, 24).to(dtype)
         with dlops.use_backend(name):
             found = run(ours, x)
         draws.append(zip(found, run(theirs, x), run(exactly, x.double() if x.is_floating_point() else x), strict=True))
@@ -52,8 +56,9 @@ def test_equal_to_plain(block: str, name: str | None, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefill", [0, 1, 2, 7])
-def test_decoding_equals_the_parallel_form_step_by_step(prefill: int, dtype: torch.dtype) -> None:
-    ours, theirs = (model.to(dtype) for model in twins("Mamba"))
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_equals_the_parallel_form_step_by_step(name: str, prefill: int, dtype: torch.dtype) -> None:
+    ours, theirs = (model.to(dtype) for model in twins(name))
     tokens = torch.randint(31, (2, 12))
     states = ours.initial_states(2)
     first = [ours(tokens[:, :prefill], states)] if prefill else []
@@ -68,8 +73,9 @@ def test_decoding_equals_the_parallel_form_step_by_step(prefill: int, dtype: tor
         torch.testing.assert_close(tuple(one), tuple(other), **tolerance)
 
 
-def test_generation_takes_the_most_likely_token() -> None:
-    model, _ = twins("Mamba")
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_takes_the_most_likely_token(name: str) -> None:
+    model, _ = twins(name)
     tokens = torch.randint(31, (2, 4))
     found = model.generate(tokens, 9)
     assert found.shape == (2, 13) and torch.equal(found[:, :4], tokens)
@@ -102,6 +108,8 @@ def test_the_papers_model() -> None:
     dt = nn.functional.softplus(mixer.dt_proj.bias)
     assert (dt > 0.99e-3).all() and (dt < 1.01e-1).all()
     assert torch.equal(mixer.A_log[5].exp().round(), torch.arange(1.0, 17))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in models.mamba2_130m().parameters()) == 128_989_632
 
 
 def test_loads_hugging_faces_state_dict() -> None:
@@ -114,3 +122,23 @@ def test_loads_hugging_faces_state_dict() -> None:
     ours.load_state_dict(theirs.state_dict())
     tokens = torch.randint(31, (2, 11))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize(("tied", "ngroups"), [(False, 2), (True, 1)])
+def test_loads_hugging_faces_mamba2(tied: bool, ngroups: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config(
+        vocab_size=31, hidden_size=24, num_hidden_layers=2, state_size=5, num_heads=6, head_dim=8, n_groups=ngroups,
+        chunk_size=4, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None
+    )  # fmt: skip
+    theirs = transformers.Mamba2ForCausalLM(config)
+    ours = models.Mamba2(31, 24, 2, tied, d_state=5, headdim=8, ngroups=ngroups)
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(31, (2, 11))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
+
+
+def test_bad_input() -> None:
+    for sizes in ({"headdim": 7}, {"headdim": 8, "ngroups": 4}):
+        with pytest.raises(ValueError, match=r"accepted are a divisor of d_inner = 48 and one of the number of heads"):
+            models.Mamba2Mixer(24, **sizes)

@@ -106,12 +106,12 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm(x)); the arguments are :class:`MambaMixer`'s."""
+    """x + mixer(norm(x)); the arguments are those of the mixer, a ``kind``."""
 
-    def __init__(self, d_model: int, **mixer: Any) -> None:
+    def __init__(self, d_model: int, kind: type[Any] = MambaMixer, **mixer: Any) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model, eps=1e-5)
-        self.mixer = MambaMixer(d_model, **mixer)
+        self.mixer = kind(d_model, **mixer)
 
     def forward(self, x: Tensor, state: MambaState | None = None) -> Tensor:
         return x + self.mixer(self.norm(x), state)
@@ -122,7 +122,7 @@ class MambaBlock(nn.Module):
 
 
 class MambaBackbone(nn.Module):
-    """An embedding, blocks and a norm; the arguments are :class:`Mamba`'s."""
+    """An embedding, blocks and a norm; the arguments are :class:`Mamba`'s and :class:`MambaBlock`'s."""
 
     def __init__(self, vocab_size: int, d_model: int, n_layer: int, **mixer: Any) -> None:
         super().__init__()
@@ -144,25 +144,30 @@ class MambaBackbone(nn.Module):
 
 
 class Mamba(nn.Module):
-    """A backbone, and its embedding once more as the head.
+    """A backbone, and a head on it.
 
     Args:
         vocab_size: number of tokens.
         d_model, n_layer: the width, and how many blocks.
-        mixer: further arguments of :class:`MambaMixer`.
+        tied: the head's weight is the embedding's.
+        mixer: further arguments of :attr:`kind`.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, n_layer: int, **mixer: Any) -> None:
+    kind: type[Any] = MambaMixer
+
+    def __init__(self, vocab_size: int, d_model: int, n_layer: int, tied: bool = True, **mixer: Any) -> None:
         super().__init__()
-        self.backbone = MambaBackbone(vocab_size, d_model, n_layer, **mixer)
+        self.backbone = MambaBackbone(vocab_size, d_model, n_layer, kind=self.kind, **mixer)
         self.lm_head = Linear(d_model, vocab_size, bias=False)
-        self.lm_head.weight = self.backbone.embeddings.weight
+        nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
         nn.init.normal_(self.lm_head.weight, std=0.02)
+        if tied:
+            self.lm_head.weight = self.backbone.embeddings.weight
         for module in self._mixers():  # n_layer branches add up on the residual stream
             module.out_proj.weight.data /= math.sqrt(n_layer)
 
-    def _mixers(self) -> Iterator[MambaMixer]:
-        return (module for module in self.modules() if isinstance(module, MambaMixer))
+    def _mixers(self) -> Iterator[Any]:
+        return (module for module in self.modules() if isinstance(module, self.kind))
 
     def initial_states(self, batch: int) -> list[MambaState]:
         """The states of all layers before the first token."""

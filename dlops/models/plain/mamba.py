@@ -42,10 +42,10 @@ class MambaMixer(nn.Module):
 class MambaBlock(nn.Module):
     """x + mixer(norm(x))."""
 
-    def __init__(self, d_model: int, **mixer: Any) -> None:
+    def __init__(self, d_model: int, kind: type[nn.Module] = MambaMixer, **mixer: Any) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(d_model, eps=1e-5)
-        self.mixer = MambaMixer(d_model, **mixer)
+        self.mixer = kind(d_model, **mixer)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mixer(self.norm(x))
@@ -65,13 +65,16 @@ class MambaBackbone(nn.Module):
 
 
 class Mamba(nn.Module):
-    """A backbone, and its embedding once more as the head."""
+    """A backbone, and a head on it."""
 
-    def __init__(self, vocab_size: int, d_model: int, n_layer: int, **mixer: Any) -> None:
+    kind: type[nn.Module] = MambaMixer
+
+    def __init__(self, vocab_size: int, d_model: int, n_layer: int, tied: bool = True, **mixer: Any) -> None:
         super().__init__()
-        self.backbone = MambaBackbone(vocab_size, d_model, n_layer, **mixer)
+        self.backbone = MambaBackbone(vocab_size, d_model, n_layer, kind=self.kind, **mixer)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        self.lm_head.weight = self.backbone.embeddings.weight
+        if tied:
+            self.lm_head.weight = self.backbone.embeddings.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(self.backbone(tokens))
