@@ -24,13 +24,19 @@ SIGNATURES = {
     mamba_ssm.mamba_inner_fn: "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight "
     "out_proj_bias A B=None C=None D=None delta_bias=None B_proj_bias=None C_proj_bias=None delta_softplus=True "
     "checkpoint_lvl=1 b_rms_weight=None c_rms_weight=None dt_rms_weight=None b_c_dt_rms_eps=1e-06",
+    mamba_ssm.mamba_chunk_scan_combined: "x dt A B C chunk_size D=None z=None dt_bias=None initial_states=None "
+    "seq_idx=None cu_seqlens=None dt_softplus=False dt_limit=(0.0,inf) return_final_states=False "
+    "return_varlen_states=False",
+    mamba_ssm.mamba_split_conv1d_scan_combined: "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size "
+    "initial_states=None seq_idx=None dt_limit=(0.0,inf) return_final_states=False activation=silu rmsnorm_weight=None "
+    "rmsnorm_eps=1e-06 outproj_weight=None outproj_bias=None headdim=None ngroups=1 norm_before_gate=True",
 }
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
 def test_signatures(function: Any) -> None:
     parameters = inspect.signature(function).parameters.values()
-    found = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters]
+    found = [p.name if p.default is p.empty else f"{p.name}={p.default}".replace(" ", "") for p in parameters]
     assert found == SIGNATURES[function].split()
 
 
@@ -276,3 +282,120 @@ def test_mamba_inner_fn_with_constant_coefficients() -> None:
     agree(ours, theirs, leaves)
     with pytest.raises(ValueError, match="checkpoint_lvl is 2"):
         mamba_ssm.mamba_inner_fn(*leaves[:6], None, *leaves[6:], checkpoint_lvl=2)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    bias: Tensor | None = None,
+    initial: Tensor | None = None,
+    softplus: bool = True,
+    limit: tuple[float, float] = (0.0, float("inf")),
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2's recurrence step by step."""
+    heads = x.shape[2]
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
+    dt = dt if bias is None else dt + bias
+    dt = (F.softplus(dt) if softplus else dt).clamp(*limit)
+    h, ys = x.new_zeros(()) if initial is None else initial, []
+    for t in range(x.shape[1]):
+        write = torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        h = torch.exp(dt[:, t] * A)[..., None, None] * h + write
+        ys.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t]))
+    y = torch.stack(ys, 1)
+    y = y if D is None else y + (D if D.dim() == 2 else D[:, None]) * x
+    return y if z is None else y * F.silu(z), h
+
+
+def ssd_arguments(batch: int = 2) -> list[Tensor]:
+    """x, dt, A, B, C, D, z, dt_bias and the initial states, of 4 heads in 2 groups."""
+    shapes = [(batch, 9, 4, 3), (batch, 9, 4), (4,), *[(batch, 9, 2, 5)] * 2, (4,), (batch, 9, 4, 3), (4,)]
+    found = [torch.randn(shape).double() for shape in (*shapes, (batch, 4, 3, 5))]
+    found[2] = -found[2].abs()
+    return found
+
+
+def test_mamba_chunk_scan_combined() -> None:
+    leaves, limit = ssd_arguments(), (0.4, 1.2)
+
+    def ours(*given: Tensor) -> Any:
+        x, dt, A, B, C, D, z, bias, initial = given
+        options = {"dt_softplus": True, "dt_limit": limit, "return_final_states": True}
+        return mamba_ssm.mamba_chunk_scan_combined(x, dt, A, B, C, 4, D, z, bias, initial, **options)
+
+    agree(ours, lambda *given: ssd(*given, limit=limit), leaves)
+    given = *leaves[:4], leaves[4]
+    y = mamba_ssm.mamba_chunk_scan_combined(*given, 4)
+    torch.testing.assert_close(y, ssd(*given, softplus=False)[0])
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        mamba_ssm.mamba_chunk_scan_combined(*given, 0)
+
+
+def test_mamba_chunk_scan_combined_keeps_sequences_apart() -> None:
+    x, dt, A, B, C, *_, initial = ssd_arguments(1)
+    index = torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)
+    edges = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def theirs(*given: Tensor) -> tuple[Tensor, ...]:
+        x, dt, A, B, C, initial = given
+        first = ssd(*(t[:, :4] for t in (x, dt)), A, B[:, :4], C[:, :4], initial=initial, softplus=False)
+        last = ssd(*(t[:, 4:] for t in (x, dt)), A, B[:, 4:], C[:, 4:], softplus=False)
+        return torch.cat([first[0], last[0]], 1), last[1], torch.cat([first[1], last[1]])
+
+    def ours(*given: Tensor) -> Any:
+        options = {"return_final_states": True, "return_varlen_states": True}
+        return mamba_ssm.mamba_chunk_scan_combined(
+            *given[:5], 4, initial_states=given[5], seq_idx=index, cu_seqlens=edges, **options
+        )
+
+    leaves = x, dt.abs(), A, B, C, initial
+    agree(ours, theirs, leaves)
+    y = mamba_ssm.mamba_chunk_scan_combined(*leaves[:5], 4, initial_states=initial, seq_idx=index)
+    torch.testing.assert_close(y, theirs(*leaves)[0])
+    _, states = mamba_ssm.mamba_chunk_scan_combined(*leaves[:5], 4, cu_seqlens=edges, return_varlen_states=True)
+    torch.testing.assert_close(states[1:], theirs(*leaves)[1])
+    with pytest.raises(ValueError, match="takes cu_seqlens, which is None"):
+        mamba_ssm.mamba_chunk_scan_combined(*leaves[:5], 4, return_varlen_states=True)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("variant", ["gate", "norm", "all"])
+def test_mamba_split_conv1d_scan_combined(variant: str, before: bool) -> None:
+    mlp, everything = (6, True) if variant == "all" else (0, False)
+    shapes = [(2, 9, 2 * mlp + 12 + 32 + 4), (32, 4), (32,), (4,), (4,), (4, 3) if everything else (4,)]
+    shapes += [(12,)] if variant != "gate" else []
+    shapes += [(7, mlp + 12), (7,), (2, 4, 3, 5)] if everything else []
+    leaves = [torch.randn(shape).double() for shape in shapes]
+    leaves[4] = -leaves[4].abs()
+
+    def ours(*given: Tensor) -> Any:
+        weight, projection, bias, initial = (*given[6:], *[None] * 4)[:4]
+        return mamba_ssm.mamba_split_conv1d_scan_combined(
+            *given[:6], 4, initial, None, (0.4, 1.2), True, "silu", weight, 1e-5, projection, bias, 3, 2, before
+        )
+
+    def theirs(*given: Tensor) -> tuple[Tensor, Tensor]:
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, *rest = given
+        swiglu, z, u, dt = zxbcdt.split([2 * mlp, 12, 32, 4], -1)
+        u = conv(u.mT, conv_weight, conv_bias, None, True)[0].mT
+        x, B, C = (t.unflatten(-1, (n, -1)) for t, n in zip(u.split([12, 10, 10], -1), (4, 2, 2), strict=True))
+        y, states = ssd(x, dt, A, B, C, D, None, dt_bias, rest[3] if everything else None, True, (0.4, 1.2))
+        y = y.flatten(2)
+        if not rest or not before:
+            y = y * F.silu(z)
+        if rest:
+            y = F.rms_norm(y.unflatten(-1, (2, 6)), [6], eps=1e-5).flatten(2) * rest[0]
+            y = y * F.silu(z) if before else y
+        if everything:
+            up, gate = swiglu.split(mlp, -1)
+            y = torch.einsum("bld,ed->ble", torch.cat([F.silu(up) * gate, y], -1), rest[1]) + rest[2]
+        return y, states
+
+    agree(ours, theirs, leaves)
+    with pytest.raises(ValueError, match="headdim is None"):
+        mamba_ssm.mamba_split_conv1d_scan_combined(*leaves[:5], torch.randn(4), 4)

@@ -1,9 +1,12 @@
 """Functions of the package mamba_ssm, with its signatures, on :mod:`dlops.functional`."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from dlops import functional as F
+from dlops._op import acc
 
 
 def selective_scan_fn(
@@ -115,3 +118,126 @@ def mamba_inner_fn(
     y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     assert isinstance(y, Tensor)
     return F.linear(y.mT, out_proj_weight, out_proj_bias)
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`dlops.functional.ssd_scan`.
+
+    Args:
+        chunk_size: positive; the result does not depend on it.
+        cu_seqlens: read with return_varlen_states only, when it says where sequences begin, and seq_idx is not read.
+            The initial states belong to the first sequence.
+
+    Returns:
+        y, with return_final_states also the states after the last step, with return_varlen_states also the last states
+        of every sequence, (num_sequences, nheads, headdim, dstate). Gradients flow through all of them.
+    """
+    if chunk_size <= 0:
+        raise ValueError(f"mamba_chunk_scan_combined: chunk_size is {chunk_size}, accepted are positive numbers")
+    bounds = cu_seqlens if return_varlen_states else None
+    if return_varlen_states:
+        if cu_seqlens is None:
+            raise ValueError("mamba_chunk_scan_combined: return_varlen_states takes cu_seqlens, which is None")
+        if initial_states is not None:
+            others = initial_states.new_zeros(cu_seqlens.shape[0] - 2, *initial_states.shape[1:])
+            initial_states = torch.cat([initial_states, others])
+        seq_idx = None
+    y, states = F.ssd_scan(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, True, seq_idx, cu_seqlens=bounds
+    )
+    found = (y, *([states[-1:] if return_varlen_states else states] if return_final_states else []))
+    found = (*found, *([states] if return_varlen_states else []))
+    return found if len(found) > 1 else y
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A Mamba-2 mixer after its first projection: convolution, scan with softplus, gate, norm and last projection.
+
+    Args:
+        zxbcdt: (batch, seqlen, 2 d_mlp + 2 dim + 2 ngroups dstate + nheads): the two halves of a SwiGLU, which may be
+            empty, the gate, the convolution's input (x, B and C) and the step sizes; dim is nheads headdim.
+        conv1d_weight: (dim + 2 ngroups dstate, width).
+        D: (nheads, headdim), or (nheads,) together with headdim.
+        chunk_size: positive; the result does not depend on it.
+        rmsnorm_weight: (dim,): what the scan returns is normalised by its root mean square over each group, after the
+            gate or, with norm_before_gate, before it. None: it is gated alone.
+        outproj_weight: (d_out, d_mlp + dim), or None: no projection.
+
+    Returns:
+        (batch, seqlen, d_mlp + dim or d_out), and with return_final_states the scan's states after the last step.
+    """
+    if D.dim() == 1 and headdim is None:
+        raise ValueError("mamba_split_conv1d_scan_combined: headdim is None, which takes D of (nheads, headdim)")
+    nheads, headdim = D.shape[0], D.shape[1] if headdim is None or D.dim() == 2 else headdim
+    dim, channels = nheads * headdim, conv1d_weight.shape[0]
+    d_mlp = (zxbcdt.shape[-1] - dim - channels - nheads) // 2
+    mlp, z, xBC, dt = zxbcdt.split([2 * d_mlp, dim, channels, nheads], -1)
+    u = F.causal_conv1d(xBC.mT, conv1d_weight, conv1d_bias, activation, seq_idx=seq_idx)
+    assert isinstance(u, Tensor)
+    x, B, C = u.mT.split([dim, *[(channels - dim) // 2] * 2], -1)
+    heads, groups = (nheads, headdim), (ngroups, -1)
+    y, states = mamba_chunk_scan_combined(
+        x.unflatten(-1, heads),
+        dt,
+        A,
+        B.unflatten(-1, groups),
+        C.unflatten(-1, groups),
+        chunk_size,
+        D,
+        z.unflatten(-1, heads) if rmsnorm_weight is None else None,
+        dt_bias,
+        initial_states,
+        seq_idx,
+        dt_softplus=True,
+        dt_limit=dt_limit,
+        return_final_states=True,
+    )
+    y = y.flatten(-2)
+    if rmsnorm_weight is not None:
+        gate = torch.nn.functional.silu(acc(z))
+        y = acc(y) if norm_before_gate else acc(y) * gate
+        y = F.rms_norm(y.unflatten(-1, groups), [dim // ngroups], eps=rmsnorm_eps).flatten(-2) * rmsnorm_weight
+        y = (y * gate if norm_before_gate else y).to(zxbcdt.dtype)
+    if d_mlp > 0:
+        left, right = mlp.chunk(2, -1)
+        y = torch.cat([torch.nn.functional.silu(left) * right, y], -1)
+    if outproj_weight is not None:
+        y = F.linear(y, outproj_weight, outproj_bias)
+    return (y, states) if return_final_states else y
