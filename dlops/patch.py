@@ -19,7 +19,7 @@ _REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.RMSNorm: nn.RMSNorm,
 }
 # Modules of Hugging Face's that have mixers of dlops.compat.hugging_face.
-_MAMBA = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("mamba", "falcon_mamba", "jamba"))
+_MAMBA = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("mamba", "mamba2", "falcon_mamba", "jamba"))
 _SWAPPED_IN = (*_REPLACEMENTS.values(), nn.LinearAct, FusedActivation)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -80,7 +80,7 @@ def patch(model: Module) -> Report:
 
     torch.nn's ``Linear``, ``LayerNorm`` and ``RMSNorm`` become dlops.nn's, exact types only; a linear whose output
     provably goes to one activation module and nowhere else becomes a :class:`dlops.nn.LinearAct`, and the activation an
-    identity. The Mamba mixers of Hugging Face's Mamba, FalconMamba and Jamba become those of
+    identity. The Mamba mixers of Hugging Face's Mamba, Mamba2, FalconMamba and Jamba become those of
     :mod:`dlops.compat.hugging_face`, for training and for generation from a cache. Nothing but the class of a module
     changes: parameters, buffers, names, state dict, hooks and optimizers stay; the patched model pickles, copies,
     compiles and trains as before. Patching twice does nothing more.

@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": None}
-MIXERS = {"Mamba": "MambaMixer", "FalconMamba": "FalconMambaMixer", "Jamba": "JambaMambaMixer"}
+MIXERS = {"Mamba": "MambaMixer", "Mamba2": "Mamba2Mixer", "FalconMamba": "FalconMambaMixer", "Jamba": "JambaMambaMixer"}
 
 
 def small(name: str, **changes: Any) -> nn.Module:
@@ -26,7 +26,8 @@ def small(name: str, **changes: Any) -> nn.Module:
         sizes |= {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_dt_rank": 3}
         config = transformers.JambaConfig(**(SMALL | sizes | changes))
     else:
-        sizes = {"state_size": 5, "time_step_rank": 3}
+        heads = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4} if name == "Mamba2" else {}
+        sizes = {"state_size": 5, "time_step_rank": 3} | heads
         config = getattr(transformers, f"{name}Config")(**(SMALL | sizes | changes))
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     for parameter in model.parameters():  # biases too
@@ -38,7 +39,7 @@ def small(name: str, **changes: Any) -> nn.Module:
 def patched(model: nn.Module) -> nn.Module:
     ours = copy.deepcopy(model)
     report = patch(ours)
-    mixers = [entry for entry in report.replaced if entry.kind.endswith("MambaMixer")]
+    mixers = [entry for entry in report.replaced if entry.kind in MIXERS.values()]
     assert mixers and {entry.kind for entry in mixers} == {MIXERS[type(model).__name__.removesuffix("ForCausalLM")]}
     return ours
 
@@ -94,7 +95,7 @@ def test_greedy_generation_is_identical(name: str) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 1, 3], [9]])
-@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "FalconMamba"])
 def test_a_cache_goes_on_where_it_was(name: str, pieces: list[int], grad: bool) -> None:
     """However many steps come at once, with and without gradients."""
     model = patched(small(name))
