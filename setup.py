@@ -37,7 +37,11 @@ CXX_FLAGS = shlex.split(
 SIMT_FLAGS = shlex.split("-O2 -g -march=native -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DDLOPS_SIMT")
 # A loop past an array's end keeps the trip count it was written with.
 SIMT_KERNEL_FLAGS = shlex.split("-fno-aggressive-loop-optimizations -Wno-unknown-pragmas -xc++")
-SIMT_CHECK_FLAGS = ["-fsanitize=thread,bounds,alignment"]  # calls csrc/simt/hooks.cpp
+# Every access calls csrc/simt/hooks.cpp: memcpy and its kin stay calls, and no loop becomes one.
+SIMT_CHECK_FLAGS = shlex.split(
+    "-fsanitize=thread,bounds,alignment -fno-builtin-memcpy -fno-builtin-memmove -fno-builtin-memset "
+    "-fno-tree-loop-distribute-patterns"
+)
 SIMT_ADDRESS_FLAGS = shlex.split("-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer")
 NVCC_FLAGS = shlex.split("-O3 -std=c++20 --threads=0 -Xcompiler=-fPIC,-fvisibility=hidden")
 PATH_FLAGS = [f"-I{CSRC}", f"-ffile-prefix-map={ROOT}=."]  # no path of the build machine in the binary

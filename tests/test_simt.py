@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "simt" / "faults.cu"
+FEATURES = [FAULTS.with_name("features.cu"), FAULTS.with_name("intrinsics.cu")]  # without a fault
 
 ADDRESS = "libasan" in os.environ.get("LD_PRELOAD", "")  # make sanitize
 own_checks = pytest.mark.skipif(ADDRESS, reason="AddressSanitizer takes the place of the runtime's own checks")
@@ -43,7 +44,7 @@ def library() -> ctypes.CDLL:
     base = [*setup.find_cxx(), *setup.SIMT_FLAGS, *setup.PATH_FLAGS, *sanitizer]
     checks = [*setup.SIMT_KERNEL_FLAGS, *([] if ADDRESS else setup.SIMT_CHECK_FLAGS)]
     objects = ninja.compile("runtime", base, sorted((ROOT / "csrc" / "simt").glob("*.cpp")))
-    objects += ninja.compile("kernels", [*base, *checks], [FAULTS, FAULTS.with_name("features.cu")])
+    objects += ninja.compile("kernels", [*base, *checks], [FAULTS, *FEATURES])
     ninja.link("link", [*setup.find_cxx(), "-shared", "-pthread", *sanitizer], objects, ["-ldl"], target)
     with open(ninja.folder / "lock", "w") as lock:  # test workers share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -80,7 +81,7 @@ def line(text: str, after: str) -> str:
 
 
 THREAD = r"thread \(\d+, 0, 0\) of block \(\d, 0, 0\)"
-ANY_LINE = r"tests/simt/faults\.cu:\d+"
+ANY_LINE = r"(\S+, inlined at )?tests/simt/faults\.cu:\d+"
 
 # kernel, launch, what is raced on, what the two threads do there and on which line
 RACES = [
@@ -92,6 +93,12 @@ RACES = [
     ("blocks_race", {"grid": 3}, "global memory at 0x", ("writes", "out[thr"), ("wrote", "out[thr")),
     ("blocks_read_race", {"grid": 4, "block": 1}, "global memory at 0x", None, None),
     ("plain_and_atomic", {}, "global memory at 0x", None, None),
+    ("initialised_by_one_block", {"grid": 3}, "global memory at 0x", None, None),
+    ("race_on_a_byte", {"n": 0}, "shared array values, byte 0", None, None),
+    ("race_on_a_byte", {"n": 1}, "shared array values, byte 1", None, None),
+    ("memset_race", {}, "shared array values, byte 0", ("writes", "std::memset"), ("wrote", "std::memset")),
+    ("disturbed_copy", {"n": 5}, "global memory at 0x", None, None),
+    ("disturbed_copy", {"n": 6}, "shared array values, byte 4", None, None),
 ]
 
 
@@ -164,6 +171,13 @@ FAULTY = [
         r"misaligned access: 0x\w+ is no address of type '(struct )?int4', which is aligned to 16 "
         "bytes, at {reinterpret}",
     ),
+    ("memcpy_past_end", {"n": 65}, r"read of 260 bytes 4 bytes past the end of shared array values .*, by {std::}"),
+    ("large_copy_past_end", {}, r"read of 260 bytes 4 bytes past the end of shared array values .*, by {Large*}"),
+    ("disturbed_copy", {"n": 1}, r"write of 4 bytes, by {n == 1}, of what the copy_async at .*{<16>} reads or writes"),
+    ("disturbed_copy", {"n": 2}, r"read of 4 bytes, by {n == 2}, of what the copy_async at .*{<16>} writes and nobody"),
+    ("disturbed_copy", {"n": 3}, r"write of 4 bytes, by {n == 3}, of what the copy_async at .*{<16>} reads or writes"),
+    ("disturbed_copy", {"n": 4}, r"write of 4 bytes, by .*{<4>}, of what the copy_async at .*{<16>} reads or writes"),
+    ("misaligned_atomic", {"n": 2}, r"misaligned atomic update: 0x\w+ is not aligned to 4 bytes, at {atomicAdd}"),
     (
         "divergent_shuffle",
         {"block": 32},
@@ -206,7 +220,12 @@ FAULTY = [
     (
         "too_much_shared",
         {},
-        r"shared array values: the block's shared memory grows to 120000 bytes, and a block has 101376",
+        r"shared array values: the declared shared arrays grow to 120000 bytes, and a kernel can have 49152",
+    ),
+    (
+        "past_end",
+        {"shared_bytes": 49152 - 252},
+        r"shared array values: the block's shared memory grows to 49156 bytes, and it has 49152",
     ),
 ]
 
@@ -272,6 +291,14 @@ def test_a_launch_that_cuda_refuses(library: ctypes.CDLL, configure: Any) -> Non
     assert run(library, "atomics", shared_bytes=49152)[0] == ""
 
 
+@pytest.mark.parametrize("bound", [64, 96])
+def test_a_launch_above_its_launch_bounds(library: ctypes.CDLL, configure: Any, bound: int) -> None:
+    name = f"bounded<{bound}>"
+    assert run(library, name, block=bound)[0] == ""
+    message = f"kernel {name}: launched with {bound + 1} threads a block, and its __launch_bounds__ are {bound}"
+    assert run(library, name, block=bound + 1)[0] == message
+
+
 class Params(ctypes.Structure):
     names = ("a", "b", "k", "c", "counts", "sum", "pair", "sum64")
     _fields_ = tuple((name, ctypes.c_int if name == "k" else ctypes.c_void_p) for name in names)
@@ -299,9 +326,36 @@ def test_a_right_kernel_that_uses_everything(library: ctypes.CDLL, configure: An
         assert torch.equal(c, first)
 
 
+class Intrinsics(ctypes.Structure):
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("failed", "ints", "unsigneds", "longs", "floats", "table", "moved")],
+        ("one", ctypes.c_float),
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_function_of_the_device(library: ctypes.CDLL, configure: Any, seed: int) -> None:
+    configure(seed=seed)
+    start = [0, 1000, 0, -1, 0, 0, -1, 0, 0, 0, 0, 0]
+    failed, floats = torch.zeros(1, dtype=torch.int32), torch.full((1,), -1.0)
+    table, moved = torch.arange(128, dtype=torch.int32), torch.zeros(9, 128, dtype=torch.int32)
+    words = [torch.tensor(start, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64)]
+    library.intrinsics(Intrinsics(*[x.data_ptr() for x in (failed, *words, floats, table, moved)], 1.0))
+    assert failed.item() == 0, f"line {failed.item()} of intrinsics.cu"
+    assert torch.equal(moved, table.expand_as(moved))
+    threads, bits = 9 * 64, 2**31 - 1
+    for word in words:  # of 31 bits two are toggled three times in each of the nine blocks, the others twice
+        last, swapped, swaps = word[6:9].tolist()
+        assert word[:6].tolist() == [threads, 0, 63, ~bits, bits, 3]
+        assert 0 <= last < 64 and 1 <= swapped == swaps <= 64
+    assert words[0][9] == words[1][9] == -2 * threads
+    assert words[1][10:].tolist() == [threads % 5, -threads % 5]
+    assert 0 <= floats.item() < 64
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None or ADDRESS, reason="needs nvcc")
-def test_the_same_source_is_cuda(tmp_path: Path) -> None:
-    source = FAULTS.with_name("features.cu")
+@pytest.mark.parametrize("source", FEATURES, ids=lambda source: source.stem)
+def test_the_same_source_is_cuda(source: Path, tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++20", "-arch=sm_80", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "features.o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

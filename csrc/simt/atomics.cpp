@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "simt/report.h"
 #include "simt/worker.h"
 
 namespace dlops::simt {
@@ -28,11 +29,17 @@ T apply(Atomic operation, T old, T value) {
   }
 }
 
+void access(const void* p, size_t size, const void* code) {
+  if (reinterpret_cast<uintptr_t>(p) % size)
+    fault(text("misaligned atomic update: ", p, " is not aligned to ", size, " bytes, at ", source_line(code)));
+  this_worker->access(p, size, Access::kAtomic, code);
+}
+
 }  // namespace
 
 template <class T>
 T atomic(Atomic operation, T* p, T value) {
-  this_worker->access(p, sizeof(T), Access::kAtomic, __builtin_return_address(0));
+  access(p, sizeof(T), __builtin_return_address(0));
   std::atomic_ref<T> target(*p);
   T old = target.load();
   while (!target.compare_exchange_weak(old, apply(operation, old, value))) {
@@ -42,7 +49,7 @@ T atomic(Atomic operation, T* p, T value) {
 
 template <class T>
 T atomic_compare_exchange(T* p, T expected, T value) {
-  this_worker->access(p, sizeof(T), Access::kAtomic, __builtin_return_address(0));
+  access(p, sizeof(T), __builtin_return_address(0));
   std::atomic_ref<T>(*p).compare_exchange_strong(expected, value);
   return expected;
 }

@@ -1,5 +1,6 @@
 #include "simt/device.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -20,6 +21,12 @@ std::mutex shared_limits_mutex;
 std::map<const void*, size_t> shared_limits;  // of dynamic shared memory, by kernel
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
+
+size_t dynamic_limit(const void* kernel) {  // 0: nothing was asked for
+  const std::lock_guard lock(shared_limits_mutex);
+  const auto found = shared_limits.find(kernel);
+  return found == shared_limits.end() ? 0 : found->second;
+}
 
 }  // namespace
 
@@ -82,15 +89,13 @@ cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
+size_t shared_limit(const void* kernel) { return dynamic_limit(kernel) ? kMaxShared : kMaxUnasked; }
+
 bool device_accepts(const Launch& launch) {
   const dim3 grid = launch.grid, block = launch.block;
   const bool grid_fits = grid.x - 1 < 0x7fffffffu && grid.y - 1 < 65535 && grid.z - 1 < 65535;
   const bool block_fits = block.x - 1 < 1024 && block.y - 1 < 1024 && block.z - 1 < 64;
-  size_t limit = kMaxUnasked;
-  if (launch.shared_bytes > limit) {
-    const std::lock_guard lock(shared_limits_mutex);
-    if (const auto found = shared_limits.find(launch.kernel); found != shared_limits.end()) limit = found->second;
-  }
+  const size_t limit = std::max(kMaxUnasked, dynamic_limit(launch.kernel));
   if (!grid_fits || !block_fits || block.x * block.y * block.z > kMaxThreads)
     last_error = cudaErrorInvalidConfiguration;
   else if (launch.shared_bytes > limit)

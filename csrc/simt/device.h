@@ -35,6 +35,8 @@ namespace dlops::simt {
 struct Launch;
 
 bool device_accepts(const Launch& launch);  // else the reason is the last error
+// Of a block's shared memory, static and dynamic: 48 KiB, or all there is once cudaFuncSetAttribute asked for more.
+size_t shared_limit(const void* kernel);
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 }  // namespace dlops::simt

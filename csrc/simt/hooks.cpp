@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 #include "simt/report.h"
 #include "simt/worker.h"
@@ -18,7 +19,7 @@ using dlops::simt::this_worker;
 namespace {
 
 [[gnu::always_inline]] inline void touch(const void* p, size_t size, Access access, const void* code) {
-  if (this_worker) this_worker->access(p, size, access, code);
+  if (this_worker && size) this_worker->access(p, size, access, code);
 }
 
 // What the compilers pass, as they lay it out.
@@ -67,6 +68,22 @@ DLOPS_SIMT_HOOKS(16)
 
 void __tsan_read_range(void* p, size_t size) { touch(p, size, Access::kRead, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t size) { touch(p, size, Access::kWrite, __builtin_return_address(0)); }
+
+// What kernels call for memcpy and its kin (cuda.h).
+void* __tsan_memcpy(void* to, const void* from, size_t size) {
+  touch(from, size, Access::kRead, __builtin_return_address(0));
+  touch(to, size, Access::kWrite, __builtin_return_address(0));
+  return std::memcpy(to, from, size);
+}
+void* __tsan_memmove(void* to, const void* from, size_t size) {
+  touch(from, size, Access::kRead, __builtin_return_address(0));
+  touch(to, size, Access::kWrite, __builtin_return_address(0));
+  return std::memmove(to, from, size);
+}
+void* __tsan_memset(void* to, int value, size_t size) {
+  touch(to, size, Access::kWrite, __builtin_return_address(0));
+  return std::memset(to, value, size);
+}
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

@@ -10,7 +10,12 @@
 
 #include "simt/device.h"
 #include "simt/race.h"
+#include "simt/report.h"
 #include "simt/worker.h"
+
+// Where the compiler says that the no-ops of __launch_bounds__ begin.
+extern "C" const char* const __start___patchable_function_entries[] __attribute__((weak, visibility("hidden")));
+extern "C" const char* const __stop___patchable_function_entries[] __attribute__((weak, visibility("hidden")));
 
 namespace dlops::simt {
 namespace {
@@ -20,6 +25,19 @@ Config the_config;
 
 constexpr size_t kEnough = 16;    // findings
 constexpr int kMostWorkers = 16;  // each maps up to 1024 stacks and their guards, and a process has 65530 maps
+
+// The threads that __launch_bounds__ allows a kernel, or kMaxThreads.
+unsigned launch_bound(const void* kernel) {
+#if defined(__aarch64__)
+  constexpr unsigned kNoOp = 4;
+#else
+  constexpr unsigned kNoOp = 1;
+#endif
+  unsigned bound = kMaxThreads;
+  for (auto begin = __start___patchable_function_entries; begin != __stop___patchable_function_entries; ++begin)
+    if (const size_t count = (static_cast<const char*>(kernel) - *begin) / kNoOp; count - 1 < bound - 1) bound = count;
+  return bound;
+}
 
 void work(Grid& grid) try {
   Worker worker(grid);
@@ -41,7 +59,10 @@ void configure(const Config& config) {
 }
 
 Grid::Grid(const Launch& launch, const Config& config)
-    : launch(launch), config(config), blocks(uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z) {
+    : launch(launch),
+      config(config),
+      blocks(uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z),
+      shared_limit(dlops::simt::shared_limit(launch.kernel)) {
   start_ = (config.seed * 0x9e3779b97f4a7c15 >> 32) % blocks;
   step_ = blocks * 5 / 8 + 1;
   while (std::gcd(step_, blocks) != 1) ++step_;
@@ -78,6 +99,10 @@ std::string Grid::findings() const {
 
 void run(const Launch& launch) {
   if (!device_accepts(launch)) return;
+  const unsigned threads_per_block = launch.block.x * launch.block.y * launch.block.z;
+  if (const unsigned bound = launch_bound(launch.kernel); threads_per_block > bound)
+    throw std::runtime_error(text("kernel ", kernel_name(launch), ": launched with ", threads_per_block,
+                                  " threads a block, and its __launch_bounds__ are ", bound));
   static std::mutex stream;
   const std::lock_guard lock(stream);
   Grid grid(launch, config());

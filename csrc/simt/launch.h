@@ -30,6 +30,7 @@ class Grid {
   const Launch& launch;
   const Config config;
   const uint64_t blocks;
+  const size_t shared_limit;
 
   bool next(uint64_t& block);  // the next block to run, as a linear index; false when there is none
   uint3 index(uint64_t block) const;

@@ -1,9 +1,16 @@
 #include "simt/math.h"
 
+#include <climits>
+
 // Calls, so that no caller's multiplication and addition meet in one expression.
 float __fmul_rn(float a, float b) { return a * b; }
 float __fadd_rn(float a, float b) { return a + b; }
 float __fsub_rn(float a, float b) { return a - b; }
+
+int __float2int_rz(float x) {  // NaN becomes 0, what is out of range the nearest there is
+  if (x != x) return 0;
+  return x >= 0x1p31f ? INT_MAX : x < -0x1p31f ? INT_MIN : int(x);
+}
 
 unsigned __brev(unsigned x) {
   unsigned result = 0;

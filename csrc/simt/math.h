@@ -35,10 +35,10 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return int(x); }
-inline int __float2int_rd(float x) { return int(std::floor(x)); }
-inline int __float2int_ru(float x) { return int(std::ceil(x)); }
+int __float2int_rz(float x);
+inline int __float2int_rn(float x) { return __float2int_rz(std::nearbyint(x)); }
+inline int __float2int_rd(float x) { return __float2int_rz(std::floor(x)); }
+inline int __float2int_ru(float x) { return __float2int_rz(std::ceil(x)); }
 inline float __int2float_rn(int x) { return float(x); }
 
 inline int __popc(unsigned x) { return std::popcount(x); }

@@ -103,7 +103,8 @@ void copy_async_wait(unsigned pending) {
   Copies& copies = this_worker->thread().copies;
   std::erase_if(copies.pending, [&](const Copy& copy) {
     if (copy.group + pending >= copies.groups) return false;
-    this_worker->access(copy.shared, copy.bytes, Access::kWrite, copy.code);
+    if (copy.valid) this_worker->access_by(lane(), copy.global, copy.valid, Access::kRead, copy.code);
+    this_worker->access_by(lane(), copy.shared, copy.bytes, Access::kWrite, copy.code);
     std::memcpy(copy.shared, copy.global, copy.valid);
     std::memset(static_cast<char*>(copy.shared) + copy.valid, 0, copy.bytes - copy.valid);
     return true;

@@ -14,7 +14,7 @@ namespace dlops::simt {
 namespace {
 
 constexpr uint64_t kCodeLimit = 1 << 24;
-constexpr size_t kMaxKeptPages = 1 << 14;  // 192 MiB of shadow
+constexpr size_t kMaxKeptPages = 1 << 14;  // 256 MiB of shadow
 
 // "thread (0, 0, 0) of block (1, 0, 0) wrote it at norm.cu:93"
 std::string describe(const Grid& grid, uint64_t block, Record record, const char* verb) {
@@ -22,19 +22,33 @@ std::string describe(const Grid& grid, uint64_t block, Record record, const char
               source_line(record.code()));
 }
 
-const char* verb(bool write, Record record, bool before) {
-  if (!write) return before ? "read it at" : "reads it at";
-  if (record.atomic()) return before ? "updated it atomically at" : "updates it atomically at";
-  return before ? "wrote it at" : "writes it at";
+const char* verb(Access access, bool before) {
+  switch (access) {
+    case Access::kRead: return before ? "read it at" : "reads it at";
+    case Access::kWrite: return before ? "wrote it at" : "writes it at";
+    case Access::kAtomic: break;
+  }
+  return before ? "updated it atomically at" : "updates it atomically at";
 }
 
-void report(Grid& grid, const std::string& what, uint64_t block, Record now, bool writes, uint64_t block_before,
-            Record before, bool wrote) {
+void report(Grid& grid, const std::string& what, uint64_t block, Record now, Access access, uint64_t block_before,
+            Record before, Access access_before) {
   grid.found_race(now.code(), before.code(), [&] {
     return text("kernel ", kernel_name(grid.launch), ": race on ", what, ": ",
-                describe(grid, block, now, verb(writes, now, false)), ", ",
-                describe(grid, block_before, before, verb(wrote, before, true)), ", and nothing orders the two");
+                describe(grid, block, now, verb(access, false)), ", ",
+                describe(grid, block_before, before, verb(access_before, true)), ", and nothing orders the two");
   });
+}
+
+std::string global_name(uintptr_t address) { return text("global memory at ", reinterpret_cast<void*>(address)); }
+
+// Calls f(before, what it was) for the records of `touched` that an access collides with if it is another thread's.
+template <class F>
+[[gnu::always_inline]] inline void each_collision(const Touched& touched, Access access, F f) {
+  f(touched.written, Access::kWrite);
+  if (access != Access::kAtomic) f(touched.updated, Access::kAtomic);
+  if (access == Access::kRead) return;
+  for (const Record& read : touched.read) f(read, Access::kRead);
 }
 
 // What the blocks of a launch did to global memory. A record's time is its block, counted on from launch to launch.
@@ -50,36 +64,38 @@ class Blocks {
   }
 
   // What `block` did to the page at `address`, by records since a time.
-  void merge(Grid& grid, uint64_t block, uintptr_t address, const ShadowPage& page, uint64_t since) {
+  void merge(Grid& grid, uint64_t block, uintptr_t address, ShadowPage& page, uint64_t since) {
     Shard& shard = shards_[address / ShadowPage::kBytes % kShards];
     const std::lock_guard lock(shard.mutex);
     ShadowPage& all = shard.shadow.page(address);
-    const uint64_t me = base_ + block;
-    const auto races = [&](Record now, Record before) {
-      return before.time() >= base_ && before.time() != me && now.collides(before);
-    };
-    const auto found = [&](size_t i, Record now, bool writes, Record before, bool wrote) {
-      report(grid, text("global memory at ", reinterpret_cast<void*>(address + 2 * i)), block, now, writes,
-             before.time() - base_, before, wrote);
-    };
-    for (size_t i = 0; i < ShadowPage::kGranules; ++i) {
-      for (const auto& read : page.read) {
-        if (read[i].time() < since) continue;
-        const Record now = read[i].at(me);
-        if (races(now, all.written[i])) found(i, now, false, all.written[i], true);
-        Record& first = all.read[0][i];
-        (first.time() < base_ || first.time() == me ? first : all.read[1][i]) = now;
-      }
-      if (page.written[i].time() < since) continue;
-      const Record now = page.written[i].at(me);
-      if (races(now, all.written[i])) found(i, now, true, all.written[i], true);
-      for (const auto& read : all.read)
-        if (races(now, read[i])) found(i, now, true, read[i], false);
-      all.written[i] = now;
+    if (page.odd) all.split();
+    if (all.odd) page.split();
+    for (size_t i = 0; i < ShadowPage::kPairs; ++i) {
+      merge(grid, block, address + 2 * i, page.even[i], all.even[i], since);
+      if (page.odd) merge(grid, block, address + 2 * i + 1, page.odd[i], all.odd[i], since);
     }
   }
 
  private:
+  void merge(Grid& grid, uint64_t block, uintptr_t address, const Touched& mine, Touched& all, uint64_t since) {
+    const uint64_t me = base_ + block;
+    const auto merge_one = [&](Record now, Access access, Record& kept) {
+      if (now.time() < since) return;
+      now = now.at(me);
+      each_collision(all, access, [&](Record before, Access access_before) {
+        if (before.time() >= base_ && before.time() != me)
+          report(grid, global_name(address), block, now, access, before.time() - base_, before, access_before);
+      });
+      kept = now;
+    };
+    for (const Record& read : mine.read) {
+      Record& first = all.read[0];
+      merge_one(read, Access::kRead, first.time() < base_ || first.time() == me ? first : all.read[1]);
+    }
+    merge_one(mine.written, Access::kWrite, all.written);
+    merge_one(mine.updated, Access::kAtomic, all.updated);
+  }
+
   static constexpr size_t kShards = 64;
   struct Shard {
     std::mutex mutex;
@@ -103,14 +119,14 @@ Blocks& blocks() {
 
 }  // namespace
 
-Record::Record(uint64_t time, unsigned thread, const void* code, bool atomic) {
+Record::Record(uint64_t time, unsigned thread, const void* code) {
   uint64_t offset = static_cast<const char*>(code) - __ehdr_start;
   if (offset >= kCodeLimit) offset = 0;
-  bits_ = time << 37 | uint64_t(thread) << 27 | offset << 3 | (atomic ? kAtomic : 0);
+  bits_ = time << kTimeShift | uint64_t(thread) << kThreadShift | offset;
 }
 
 const void* Record::code() const {
-  const uint64_t offset = bits_ >> 3 & (kCodeLimit - 1);
+  const uint64_t offset = bits_ & (kCodeLimit - 1);
   return offset ? __ehdr_start + offset : nullptr;
 }
 
@@ -121,7 +137,7 @@ RaceDetector::RaceDetector() : known_(kMaxThreads * kWarpSize), shared_(SharedMe
 void RaceDetector::begin_block(Grid& grid, uint64_t block) {
   if (time_ > Record::kMaxTime / 2 || global_.size() > kMaxKeptPages) {
     global_.clear();
-    std::fill(shared_.begin(), shared_.end(), ShadowPage());
+    shared_ = std::vector<ShadowPage>(shared_.size());
     std::fill(known_.begin(), known_.end(), 0);
     time_ = 0;
   }
@@ -150,7 +166,7 @@ void RaceDetector::warp_barrier(unsigned warp, unsigned lanes) {
 }
 
 bool RaceDetector::races(Record now, Record before) const {
-  if (before.time() < barrier_time_ || before.thread() == now.thread() || !now.collides(before)) return false;
+  if (before.time() < barrier_time_ || before.thread() == now.thread()) return false;
   const bool same_warp = before.thread() / kWarpSize == now.thread() / kWarpSize;
   return !(same_warp && before.time() < known_[now.thread() * kWarpSize + before.thread() % kWarpSize]);
 }
@@ -182,25 +198,21 @@ void RaceDetector::global_access(const void* p, size_t size, Access access, unsi
 
 void RaceDetector::touch(ShadowPage& page, const void* p, size_t size, Access access, unsigned thread, const void* code,
                          const SharedMemory* shared) {
-  const Record record(time_, thread, code, access == Access::kAtomic);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + size;
-  const bool writes = access != Access::kRead;
-  for (uintptr_t at = begin & ~uintptr_t{1}; at < end; at += 2) {
-    const size_t i = at % ShadowPage::kBytes / 2;
-    const Record now = record.bytes((at >= begin ? 1 : 0) | (at + 1 < end ? 2 : 0));
-    const auto check = [&](Record before, bool wrote) {
+  if ((begin | end) % 2) page.split();
+  const Record now(time_, thread, code);
+  for (uintptr_t at = begin; at < end; at += page.odd ? 1 : 2) {
+    const size_t byte = at % ShadowPage::kBytes;
+    Touched& touched = byte % 2 ? page.odd[byte / 2] : page.even[byte / 2];
+    each_collision(touched, access, [&](Record before, Access access_before) {
       if (!races(now, before)) [[likely]]
         return;
-      const std::string what = shared ? shared->name(reinterpret_cast<const void*>(at))
-                                      : text("global memory at ", reinterpret_cast<const void*>(at));
-      report(*grid_, what, block_, now, writes, block_, before, wrote);
-    };
-    check(page.written[i], true);
-    Record &first = page.read[0][i], &second = page.read[1][i];
-    if (writes) {
-      check(first, false);
-      check(second, false);
-      page.written[i] = now;
+      const std::string what = shared ? shared->name(reinterpret_cast<const void*>(at)) : global_name(at);
+      report(*grid_, what, block_, now, access, block_, before, access_before);
+    });
+    Record &first = touched.read[0], &second = touched.read[1];
+    if (access != Access::kRead) {
+      (access == Access::kWrite ? touched.written : touched.updated) = now;
     } else if (first.time() < barrier_time_ || first.thread() == thread) {
       first = now;
     } else if (second.time() < barrier_time_ || second.thread() / kWarpSize == first.thread() / kWarpSize ||

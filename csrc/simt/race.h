@@ -6,8 +6,8 @@
 //     votes exchange values and, as CUDA documents, order no memory.
 // Nothing orders plain accesses of different blocks of a launch.
 //
-// Of the reads of each two bytes since the last barrier it remembers two, of different warps where there were: a race
-// with a third alone goes unreported.
+// Of the reads of each byte since the last barrier it remembers two, of different warps where there were, and of the
+// atomic updates the last: a race with another alone goes unreported.
 #pragma once
 
 #include <cstdint>

@@ -1,46 +1,54 @@
-// Shadow memory: who touched each two bytes last. What the race detector compares an access with.
+// Shadow memory: who touched each byte last. What the race detector compares an access with.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <unordered_map>
 
 namespace dlops::simt {
 
 enum class Access { kRead, kWrite, kAtomic };
 
-// One access as 64 bits: when, by which thread of the block, by which code, to which of the two bytes, atomically or
-// not. A zero is no access.
+// One access as 64 bits: when, by which thread of the block, by which code. A zero is no access.
 class Record {
  public:
-  static constexpr uint64_t kMaxTime = (uint64_t{1} << 27) - 1;
+  static constexpr uint64_t kMaxTime = (uint64_t{1} << 30) - 1;
 
   Record() : bits_(0) {}
-  Record(uint64_t time, unsigned thread, const void* code, bool atomic);
+  Record(uint64_t time, unsigned thread, const void* code);
 
-  uint64_t time() const { return bits_ >> 37; }
-  unsigned thread() const { return bits_ >> 27 & 0x3ff; }
+  uint64_t time() const { return bits_ >> kTimeShift; }
+  unsigned thread() const { return bits_ >> kThreadShift & 0x3ff; }
   const void* code() const;  // null if it lies too far into the module
-  bool atomic() const { return bits_ & kAtomic; }
-  Record bytes(unsigned mask) const { return Record(bits_ | mask); }
-  Record at(uint64_t time) const { return Record((bits_ & ((uint64_t{1} << 37) - 1)) | time << 37); }
-
-  // Whether the two touch the same bytes and are not both atomic.
-  bool collides(Record other) const { return bits_ & other.bits_ & 3 && !(bits_ & other.bits_ & kAtomic); }
+  Record at(uint64_t time) const { return Record((bits_ & ((uint64_t{1} << kTimeShift) - 1)) | time << kTimeShift); }
 
  private:
-  static constexpr uint64_t kAtomic = 4;
+  static constexpr int kThreadShift = 24, kTimeShift = 34;
   explicit Record(uint64_t bits) : bits_(bits) {}
 
   uint64_t bits_;
 };
 
-// The records of 1 KiB: for each two bytes the last write and two reads, of different warps if there were any.
-struct ShadowPage {
-  static constexpr uintptr_t kBytes = 1024, kGranules = kBytes / 2;
+// The last plain write, the last atomic update, and two reads, of different warps if there were any. An update does not
+// take the place of a write: others' updates race with the write alone.
+struct Touched {
+  Record written, updated, read[2];
+};
 
-  Record written[kGranules];
-  Record read[2][kGranules];
+// The records of 1 KiB, of two bytes each until somebody touches one byte alone, of each byte from then on.
+struct ShadowPage {
+  static constexpr uintptr_t kBytes = 1024, kPairs = kBytes / 2;
+
+  Touched even[kPairs];
+  std::unique_ptr<Touched[]> odd;
   uint64_t listed = 0;  // when the page was last noted as touched
+
+  void split() {
+    if (odd) return;
+    odd = std::make_unique<Touched[]>(kPairs);
+    std::copy(even, even + kPairs, odd.get());
+  }
 };
 
 // Shadow pages by address, made as they are touched.

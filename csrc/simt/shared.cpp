@@ -30,7 +30,8 @@ SharedMemory::~SharedMemory() {
   munmap(base_, 3 * kArena);
 }
 
-void SharedMemory::begin(size_t dynamic_bytes, int poison) {
+void SharedMemory::begin(size_t dynamic_bytes, size_t limit, int poison) {
+  limit_ = limit;
   poison_ = poison;
   arrays_.clear();
   ASAN_POISON_MEMORY_REGION(base_ + kArena, kArena);
@@ -41,11 +42,15 @@ void SharedMemory::begin(size_t dynamic_bytes, int poison) {
 void* SharedMemory::array(const SharedArray& array) {
   for (const Placed& placed : arrays_)
     if (placed.array == &array) return placed.begin;
-  size_t total = array.size;
-  for (const Placed& placed : arrays_) total += placed.size;
-  if (total > kMaxShared)
-    fault(text("shared array ", array.name, ": the block's shared memory grows to ", total, " bytes, and a block has ",
-               kMaxShared));
+  size_t declared = array.size;
+  for (const Placed& placed : arrays_)
+    if (placed.array) declared += placed.size;
+  if (declared > kMaxUnasked)
+    fault(text("shared array ", array.name, ": the declared shared arrays grow to ", declared,
+               " bytes, and a kernel can have ", kMaxUnasked));
+  if (const size_t total = declared + arrays_[0].size; total > limit_)
+    fault(text("shared array ", array.name, ": the block's shared memory grows to ", total, " bytes, and it has ",
+               limit_));
   return place(&array, array.size);
 }
 

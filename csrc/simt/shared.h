@@ -11,7 +11,7 @@
 namespace dlops::simt {
 
 constexpr size_t kMaxShared = 99 << 10;   // of a block: what the smallest of the supported chips has
-constexpr size_t kMaxUnasked = 48 << 10;  // without cudaFuncSetAttribute, and of static arrays
+constexpr size_t kMaxUnasked = 48 << 10;  // without cudaFuncSetAttribute, and of declared arrays
 
 class SharedMemory {
  public:
@@ -20,7 +20,8 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  void begin(size_t dynamic_bytes, int poison);  // a new block
+  // A new block, whose arrays may have `limit` bytes together.
+  void begin(size_t dynamic_bytes, size_t limit, int poison);
   void* array(const SharedArray& array);
   void* dynamic() const { return arrays_[0].begin; }
 
@@ -47,6 +48,7 @@ class SharedMemory {
 
   char* base_;
   char* end_;  // of what is placed, its red zone included
+  size_t limit_ = 0;
   int poison_ = 0;
   std::vector<Placed> arrays_;  // the dynamic one first
 };

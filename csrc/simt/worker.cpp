@@ -77,7 +77,7 @@ SharedMemory& Worker::shared() { return memory_->shared; }
 void Worker::run_block(uint64_t block) {
   block_index_ = grid_.index(block);
   random_ = scramble(scramble(grid_.config.seed) ^ block);
-  memory_->shared.begin(grid_.launch.shared_bytes, grid_.config.poison);
+  memory_->shared.begin(grid_.launch.shared_bytes, grid_.shared_limit, grid_.config.poison);
   memory_->races.begin_block(grid_, block);
   start_threads();
   thread_ = next();
@@ -222,8 +222,25 @@ void Worker::warp_ordered(unsigned lanes) { memory_->races.warp_barrier(thread_-
 // ---- memory
 // -------------------------------------------------------------------------------------------------------------
 
+const Copy* Copies::disturbed(const void* p, size_t size, Access access) const {
+  const char* begin = static_cast<const char*>(p);
+  const auto overlaps = [&](const void* other, size_t bytes) {
+    const char* from = static_cast<const char*>(other);
+    return begin < from + bytes && from < begin + size;
+  };
+  for (const Copy& copy : pending)
+    if (overlaps(copy.shared, copy.bytes) || (access != Access::kRead && overlaps(copy.global, copy.valid)))
+      return &copy;
+  return nullptr;
+}
+
 void Worker::access(const void* p, size_t size, Access access, const void* code) {
   if (memory_->stacks.contains(p)) return;  // a thread's own variables
+  if (const Copies& copies = thread_->copies; !copies.pending.empty()) [[unlikely]]
+    if (const Copy* copy = copies.disturbed(p, size, access))
+      simt::fault(text(kVerbs[int(access)], " of ", size, " bytes, by ", source_line(code),
+                       ", of what the copy_async at ", source_line(copy->code),
+                       access == Access::kRead ? " writes" : " reads or writes", " and nobody has waited for"));
   access_by(thread_->id % kWarpSize, p, size, access, code);
 }
 

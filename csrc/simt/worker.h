@@ -33,6 +33,9 @@ struct Copy {
 struct Copies {
   std::vector<Copy> pending;
   unsigned groups = 0;  // committed
+
+  // The one that a thread's own access to [p, p + size) gets in the way of, or null.
+  const Copy* disturbed(const void* p, size_t size, Access access) const;
 };
 
 struct Thread {

@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 
+#include "core/async.h"
 #include "core/launch.h"
 #include "simt/launch.h"
 
@@ -76,6 +77,68 @@ __global__ void plain_and_atomic(int* out, int n) {
 }
 
 __global__ void atomics(int* out, int n) { atomicAdd(out, 1); }
+
+// Other blocks' updates may come before the first value.
+__global__ void initialised_by_one_block(int* out, int n) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *out = 0;
+  __syncthreads();
+  atomicAdd(out, 1);
+}
+
+// Thread 0 writes both bytes of a word, and each is its own.
+__global__ void race_on_a_byte(int* out, int n) {
+  DLOPS_SHARED(unsigned char, values, [64]);
+  if (threadIdx.x == 0) {
+    values[0] = 1;
+    values[1] = 2;
+  }
+  if (threadIdx.x == 33) values[n] = 3;
+}
+
+__global__ void memset_race(int* out, int n) {
+  DLOPS_SHARED(int, values, [64]);
+  std::memset(values, 0, sizeof(values));
+}
+
+__global__ void memcpy_past_end(int* out, int n) {
+  DLOPS_SHARED(int, values, [64]);
+  if (threadIdx.x == 0) std::memcpy(out, values, 4 * n);
+}
+
+__global__ void large_copy_past_end(int* out, int n) {
+  struct Large {
+    int values[65];
+  };
+  DLOPS_SHARED(int, values, [64]);
+  if (threadIdx.x == 0) *reinterpret_cast<Large*>(out) = *reinterpret_cast<Large*>(values);
+}
+
+// Asynchronous copies, each with something in its way before it lands. n says what.
+__global__ void disturbed_copy(int* out, int n) {
+  DLOPS_SHARED(int, values, [64]);
+  int seen = 0;
+  if (threadIdx.x == 0) dlops::copy_async<16>(values, out);
+  dlops::copy_async_commit();
+  if (n == 1 && threadIdx.x == 0) values[3] = 1;
+  if (n == 2 && threadIdx.x == 0) seen = values[0];
+  if (n == 3 && threadIdx.x == 0) out[0] = 1;
+  if (n == 4 && threadIdx.x == 0) dlops::copy_async<4>(values + 1, out);
+  __syncthreads();
+  if (n == 5 && threadIdx.x == 1) out[1] = 1;
+  if (n == 6 && threadIdx.x == 1) values[1] = 1;
+  dlops::copy_async_wait();
+  __syncthreads();
+  out[64 + threadIdx.x] = values[threadIdx.x % 4] + seen;
+}
+
+__global__ void misaligned_atomic(int* out, int n) {
+  atomicAdd(reinterpret_cast<float*>(reinterpret_cast<char*>(out) + n), 1.0f);
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads / 2 * 2, 1) bounded(int* out, int n) {
+  out[threadIdx.x] = 1;
+}
 
 // Neighbouring bytes of one word are not one address.
 __global__ void bytes(int* out, int n) {
@@ -199,6 +262,15 @@ constexpr Kernel kKernels[] = {KERNEL(race),
                                KERNEL(blocks_read_race),
                                KERNEL(plain_and_atomic),
                                KERNEL(atomics),
+                               KERNEL(initialised_by_one_block),
+                               KERNEL(race_on_a_byte),
+                               KERNEL(memset_race),
+                               KERNEL(memcpy_past_end),
+                               KERNEL(large_copy_past_end),
+                               KERNEL(disturbed_copy),
+                               KERNEL(misaligned_atomic),
+                               KERNEL(bounded<64>),
+                               KERNEL(bounded<96>),
                                KERNEL(bytes),
                                KERNEL(past_end),
                                KERNEL(before_begin),
