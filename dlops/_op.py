@@ -97,6 +97,7 @@ class Op:
             return self._overload(*args)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             self.check(*args)
+            backend.note(self, "torch", "the definition, which torch.func and forward-mode AD can differentiate")
             return self.definition(*args)
         signature = _signature(args)
         if signature is None:

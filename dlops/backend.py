@@ -27,6 +27,9 @@ def _checked(name: str | None) -> str | None:
 
 
 _default = _checked(os.environ.get("DLOPS_BACKEND") or None)
+if (_simt := os.environ.get("DLOPS_SIMT", "")) not in ("", "0", "1"):
+    raise ValueError(f"DLOPS_SIMT: got {_simt!r}, accepted are 0 and 1")
+_simt_forced = _simt == "1"
 _forced: ContextVar[str | None] = ContextVar("dlops_backend", default=_default)
 forced = _forced.get
 
@@ -84,7 +87,7 @@ def _missing_triton() -> str | None:
 def cuda_emulated() -> bool:
     """Whether CUDA kernels run on the host, on CPU tensors: where ``dlops._simt`` is built and there is no GPU, or by
     force (``DLOPS_SIMT=1``)."""
-    if os.environ.get("DLOPS_SIMT") != "1" and torch.cuda.is_available():
+    if not _simt_forced and torch.cuda.is_available():
         return False
     try:
         simt = importlib.import_module("dlops._simt")
@@ -102,7 +105,7 @@ def cuda_library() -> Any:
 def _missing_cuda() -> str | None:
     if cuda_emulated():
         return None
-    if os.environ.get("DLOPS_SIMT") == "1":
+    if _simt_forced:
         return "DLOPS_SIMT=1, but the extension dlops._simt is not built; pip install -e . builds it"
     try:
         cuda = importlib.import_module("dlops._cuda")
@@ -217,13 +220,12 @@ recording = _recording.get
 def select(op: Dispatchable, args: Sequence[Any]) -> Callable[..., Any]:
     """The implementation of ``op`` that runs for ``args``: the forced backend, else the first that its rule names and
     that does not refuse them."""
-    name, record = _forced.get(), _recording.get()
+    name = _forced.get()
     if name is not None:
         reason = refusal(op, name, args)
         if reason is not None:
             raise RuntimeError(f"dlops.{op.name}: backend {name!r} was forced but cannot run this call: {reason}")
-        if record is not None:
-            record.decisions.append(Decision(op.name, name, "forced by use_backend or DLOPS_BACKEND"))
+        note(op, name, "forced by use_backend or DLOPS_BACKEND")
         return _loaded(op, name)
     refused = {}
     for name in op.rule(*args):
@@ -234,9 +236,15 @@ def select(op: Dispatchable, args: Sequence[Any]) -> Callable[..., Any]:
         _log_once(op.name, name, reason)
     else:
         name = "torch"
-    if record is not None:
-        record.decisions.append(Decision(op.name, name, _why(args), refused))
+    if _recording.get() is not None:
+        note(op, name, _why(args), refused)
     return _loaded(op, name)
+
+
+def note(op: Dispatchable, name: str, reason: str, refused: dict[str, str] | None = None) -> None:
+    """For :func:`explain`: a call of ``op`` runs on backend ``name``."""
+    if record := _recording.get():
+        record.decisions.append(Decision(op.name, name, reason, refused or {}))
 
 
 def refusal(op: Dispatchable, name: str, args: Sequence[Any]) -> str | None:

@@ -235,6 +235,15 @@ def toolkit(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("DLOPS_BACKEND", "'torch', 'vendor', 'cpu', 'triton', 'cuda', or None"), ("DLOPS_SIMT", "0 and 1")],
+)
+def test_a_wrong_switch_is_an_error(name: str, accepted: str) -> None:
+    done = run(sys.executable, "-c", "import dlops", cwd=ROOT, **{name: "on"})
+    assert done.returncode and f"got 'on', accepted are {accepted}" in done.stderr, done.stderr
+
+
 def build(clone: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=clone, **environment)
 

@@ -38,6 +38,14 @@ def test_a_remembered_call_is_still_explained_and_forced() -> None:
     assert dlops.explain(rms_norm, *args).backend != "vendor"
 
 
+def test_transforms_are_explained() -> None:
+    x = torch.randn(3, 8)
+    with dlops.use_backend("cpu"):
+        said = dlops.explain(torch.func.vmap(lambda row: rms_norm(row, None, 1e-6)[0]), x)
+    (decision,) = said.decisions
+    assert decision.backend == "torch" and "torch.func" in decision.reason
+
+
 def test_few_calls_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_op, "_REMEMBERED", 4)
     monkeypatch.setattr(rms_norm, "_chosen", {})
