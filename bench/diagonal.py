@@ -16,7 +16,7 @@ def vandermonde(A: Tensor, C: Tensor, dt: Tensor, seqlen: int) -> Tensor:
 
 
 @case(
-    cpu=[(256, 32, 2048)],
+    cpu=[(128, 32, 2048)],
     cuda=[(1024, 32, 16384)],
     more_cpu=[(64, 32, 16384)],
     label="D{} N{} L{}",
@@ -34,4 +34,5 @@ def s4d_kernel(device: torch.device, dtype: torch.dtype, *shape: int) -> Problem
         args=(A, C, dt),
         bytes=(size, 2 * size),
         flops=(4.0 * dim * dstate * seqlen, 12.0 * dim * dstate * seqlen),
+        compile=device.type != "cpu",  # complex arithmetic is not fused: the eager time, after a minute
     )

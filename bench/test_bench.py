@@ -8,7 +8,7 @@ import torch
 
 from bench import __main__ as command
 from bench import case as registry
-from bench import measure, rows
+from bench import lengths, measure, rows, train
 from bench.case import Job, Problem, discover, importable, jobs, select
 from bench.report import markdown, not_measured, render, write_report
 from bench.rows import Run, missing
@@ -149,3 +149,20 @@ def test_reports(results, case, tmp_path: Path):
 def test_importable_is_none_for_what_is_not_installed():
     assert importable("no_such_package:thing") is None
     assert importable("math:pi") == pytest.approx(3.14159, abs=1e-4)
+
+
+def test_the_text_is_learnt_as_by_the_plain_model(tmp_path):
+    curves = train.both(steps=4)
+    ours, theirs = (torch.tensor(curves[name].losses) for name in ("dlops", "plain"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    assert theirs[-1] < theirs[0]
+    train.plot(curves, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_lengths_are_measured_in_both_directions(monkeypatch, tmp_path):
+    monkeypatch.setattr(lengths, "LENGTHS", [8, 16])
+    found = lengths.times("cpu", dim=4, dstate=2)
+    assert {direction: len(ms) for direction, ms in found.items()} == dict.fromkeys(registry.DIRECTIONS, 2)
+    lengths.plot(found, "a title", tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").stat().st_size > 1000
