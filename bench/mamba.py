@@ -1,6 +1,7 @@
-"""A Mamba language model by Hugging Face, patched and as they wrote it, with random weights.
+"""Mamba language models by Hugging Face, patched and as they wrote them, with random weights.
 
-Their mixer without compiled kernels slices the tensors of all steps in a loop, so its backward is quadratic in them.
+Mamba's mixer without compiled kernels slices the tensors of all steps in a loop, so its backward is quadratic in them;
+Mamba-2's is the chunked form.
 """
 
 import copy
@@ -25,24 +26,15 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-def _model(layers: int) -> nn.Module:
+def _problem(name: str, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, **config: int) -> Problem:
+    """A model's forward and backward; FLOPs are those of its matrix products."""
     try:
         import transformers
     except ImportError as error:
         raise Unavailable(f"transformers cannot be imported ({error})") from error
-    config = transformers.MambaConfig(vocab_size=2048, hidden_size=768, num_hidden_layers=layers)
-    model: Any = transformers.MambaForCausalLM(config)
-    return model
-
-
-@case(
-    cpu=[(1, 128, 2)],
-    cuda=[(8, 1024, 24)],
-    more_cpu=[(1, 128, 4), (1, 1024, 4)],
-    label="{}x{} tokens, {} layers of width 768",
-)
-def mamba_language_model(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, layers: int) -> Problem:
-    eager = Logits(_model(layers)).to(device, dtype)
+    config |= {"vocab_size": 2048, "hidden_size": 768}
+    model: Any = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config))
+    eager = Logits(model).to(device, dtype)
     patched = copy.deepcopy(eager)
     dlops.patch(patched)
     args = (torch.randint(2048, (batch, tokens), device=device),)
@@ -58,3 +50,17 @@ def mamba_language_model(device: torch.device, dtype: torch.dtype, batch: int, t
         flops=(flops, 3 * flops),
         compile=False,
     )
+
+
+LABEL = "{}x{} tokens, {} layers of width 768"
+
+
+@case(cpu=[(1, 128, 2)], cuda=[(8, 1024, 24)], more_cpu=[(1, 128, 4), (1, 1024, 4)], label=LABEL)
+def mamba_language_model(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, layers: int) -> Problem:
+    return _problem("Mamba", device, dtype, batch, tokens, num_hidden_layers=layers)
+
+
+@case(cpu=[(1, 512, 2)], cuda=[(8, 1024, 24)], more_cpu=[(1, 1024, 4)], label=LABEL)
+def mamba2_language_model(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, layers: int) -> Problem:
+    heads = {"num_heads": 24, "head_dim": 64, "n_groups": 1}
+    return _problem("Mamba2", device, dtype, batch, tokens, num_hidden_layers=layers, **heads)

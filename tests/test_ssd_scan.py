@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -91,21 +92,23 @@ def ssd_scan_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         yield arguments(make, 12, 3, 8, seqlen, (*MAMBA, "initial_states"))
     for headdim, dstate in [(16, 16), (17, 33), (33, 15), (64, 128), (5, 256)]:
         yield arguments(make, 20, headdim, dstate, 20, ("D_varies", "z", "initial_states"), batch=1)
-    if make.kind == "normal":
+    # Behind the fences of tests/fence.cpp the definition's backward would need more maps than a process may have.
+    if make.kind == "normal" and make.dtype == torch.float32 and "DLOPS_FENCE" not in os.environ:
         yield arguments(make, 8, 3, 2, 2100, (*MAMBA, "initial_states"), batch=1)
 
 
 @samples(ssd_scan.ssd_scan_backward, degree=7)
 def ssd_scan_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
-    for args in ssd_scan_samples(make):
+    for i, args in enumerate(ssd_scan_samples(make)):
+        if i > 0 and i % 3 != 2:  # the op's own samples try the gradients of all
+            continue
         *tensors, softplus, low, high = args
-        final = ssd_scan.ssd_scan.definition(*args)[1]
-        dfinal = make(*final.shape).to(final.dtype) if args[8] is not None else None
+        dfinal = None if args[8] is None else make(*args[8].shape).to(args[8].dtype)
         asked = [True] * 5 + [a is not None for a in args[5:9]]
         yield make(*args[0].shape), *tensors, dfinal, softplus, low, high, asked
-        if args[0].shape == (1, 20, 20, 16):
-            for i in range(9):
-                alone = [i != j and on for j, on in enumerate(asked)]
+        if args[0].shape == (1, 20, 20, 33):
+            for left_out in range(9):
+                alone = [left_out != j and on for j, on in enumerate(asked)]
                 yield make(*args[0].shape), *tensors, dfinal, softplus, low, high, alone
 
 
