@@ -41,8 +41,8 @@ sanitize: $(VENV)/built
 sanitize-host:
 	DLOPS_BUILD_CUDA=0 DLOPS_BUILD_SIMT=address $(PY) setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 "$(CURDIR)/$(PY)" \
-	  -m pytest "$(CURDIR)/tests/test_contract.py" "$(CURDIR)/tests/test_simt.py" -q -n $(WORKERS) \
-	  -p no:cacheprovider -k "cuda and not (compiled or mean100 or huge or tiny) or emulated or simt"
+	  -m pytest $(addprefix "$(CURDIR)"/tests/,test_contract.py test_cuda.py test_simt.py) -q -n $(WORKERS) \
+	  -p no:cacheprovider -k "cuda and not (compiled or mean100 or huge or tiny) or emulated or simt" $(ARGS)
 
 # The pages that are generated from measured results.
 docs: $(VENV)/built
@@ -64,8 +64,8 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 # On a machine with a GPU and no network, where PYTHON has everything: an environment over PYTHON's, which stays as it is.
 GPU := .venv-gpu
 gpu: gpu-build
-	@failed=0; for part in $(if $(filter all,$(PART)),test bench sanitize,$(PART)); do \
-	  $(MAKE) --no-print-directory gpu-$$part || failed=1; done; exit $$failed
+	@failed=0; for part in $(PARTS); do $(MAKE) --no-print-directory gpu-$$part || failed=1; done; \
+	  test $$failed = 0 && cd "$(STATE)" && rm -rf $(PARTS)
 
 gpu-build:
 	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU)
@@ -76,26 +76,36 @@ gpu-build:
 	$(GPU)/bin/python -m dlops
 	mkdir -p "$(OUT)"
 
-# A part that was cut short goes on where it stopped, while the sources are the same.
-STATE = out/$(shell find bench csrc dlops kernels tests -name '*.py' -o -path 'csrc/*' -type f | sort | xargs cat | cksum | cut -d' ' -f1)
+# What is done is noted here until all PARTS are: while the sources are the same, a run that was cut short goes on from it.
+PARTS = $(if $(filter all,$(PART)),test bench sanitize,$(PART))
+SOURCE_FILES = find bench csrc dlops kernels tests setup.py pyproject.toml Makefile -name results -prune -o -type f \
+  ! -name '*.pyc' ! -name '*.so' -print
+STATE = $(abspath $(OUT))/$(shell $(SOURCE_FILES) | sort | xargs cat | cksum | cut -d' ' -f1)
 
 gpu-test:
-	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --resume $(STATE)/passed.txt --junit-xml="$(OUT)/tests.xml"
+	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --resume "$(STATE)/test/passed.txt" --junit-xml="$(OUT)/tests.xml" $(ARGS)
 
 gpu-bench:
-	$(GPU)/bin/python -m bench --json $(STATE)/bench.json --resume
-	cp $(STATE)/bench.json "$(OUT)/bench.json"
+	mkdir -p "$(STATE)/bench"
+	$(GPU)/bin/python -m bench --json "$(STATE)/bench/rows.json" --resume $(ARGS)
+	cp "$(STATE)/bench/rows.json" "$(OUT)/bench.json"
 
-# The small cases of the contract under compute-sanitizer; without a GPU, the same kernels under the host's sanitizers.
+# The small cases of the contract, and the edges of the CUDA kernels, under compute-sanitizer; without a GPU, the same
+# kernels under the host's sanitizers. A run of a tool that is cut short starts again: a hazard fails the run, no test.
 COMPUTE_SANITIZER = $(or $(shell command -v compute-sanitizer),$(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer)
+SMALL := deterministic or layouts and bfloat16
 gpu-sanitize:
-	@if $(GPU)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  for tool in memcheck racecheck; do \
+	@mkdir -p "$(STATE)/sanitize"; \
+	if $(GPU)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  for tool in memcheck racecheck; do for kernels in "cuda and ($(SMALL) or edges or wide_rows)" "triton and ($(SMALL))"; do \
+	    done="$(STATE)/sanitize/$$tool $${kernels%% *}"; test -e "$$done" && continue; \
 	    $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 9 --target-processes all \
-	      $(GPU)/bin/python $(PYTEST)/test_contract.py -q --tb=short --resume $(STATE)/$$tool-passed.txt \
-	      -k "deterministic and (cuda or triton)" || exit 1; \
-	  done; \
-	else $(MAKE) --no-print-directory sanitize-host PY=$(GPU)/bin/python; fi
+	      $(GPU)/bin/python $(PYTEST)/test_contract.py tests/test_cuda.py -q --tb=short -k "$$kernels" $(ARGS) || exit 1; \
+	    touch "$$done"; \
+	  done; done; \
+	else \
+	  $(MAKE) --no-print-directory sanitize-host PY=$(GPU)/bin/python ARGS='--resume "$(STATE)/sanitize/passed.txt" $(ARGS)'; \
+	fi
 
 wheel: $(VENV)/installed
 	rm -rf dist build/lib.*

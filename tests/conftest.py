@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Passed:
-    """Notes the tests that passed, until all have."""
+    """Notes the tests that passed. A run that finds none left to do has succeeded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -56,9 +56,10 @@ class Passed:
             with self.file.open("a") as notes:
                 notes.write(f"{report.nodeid}\n")
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.OK:
-            self.file.unlink(missing_ok=True)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.file.exists():
+            session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_configure(config: pytest.Config) -> None:
