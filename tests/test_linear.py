@@ -171,6 +171,22 @@ def test_equal_to_the_composition(activation: str, size: int) -> None:
     torch.testing.assert_close(F.maxout_linear(x, weight, bias, 7), pre.unflatten(-1, (10, 7)).amax(-1))
 
 
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_slopes_at_nan(name: str) -> None:
+    """As in torch, where some are 1."""
+    for activation, params in _activations():
+        args = (torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), torch.nan), activation, params)
+        args = (*args, [False, False, True])
+        if reason := backend.refusal(linear.linear_act_backward, name, args):
+            pytest.skip(reason)
+        with dlops.use_backend(name):
+            found = linear.linear_act_backward(*args)
+        expected = linear.linear_act_backward.definition(*args)
+        if activation in ("elu", "hardswish"):
+            assert expected[2].item() == 1
+        torch.testing.assert_close(found, expected, equal_nan=True, msg=lambda text, a=activation: f"{a}: {text}")
+
+
 @pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_maxout_takes_the_first_of_equals_and_nan_before_all(name: str) -> None:
     x, weight, bias = torch.randn(5, 6), torch.randn(9, 6), torch.randn(9)

@@ -126,7 +126,7 @@ struct Elu {
   }
   template <class F>
   DLOPS_HD F slope(F x) const {
-    return vselect(x > 0, splat<F>(1), exp(x) * alpha);
+    return vselect(x <= 0, exp(x) * alpha, splat<F>(1));
   }
 };
 
@@ -224,7 +224,7 @@ struct Hardswish {
   }
   template <class F>
   DLOPS_HD F slope(F x) const {
-    return vselect(x <= -3, splat<F>(0), vselect(x >= 3, splat<F>(1), x / 3.0f + 0.5f));
+    return vselect(x <= -3, splat<F>(0), vselect(x < 3, x / 3.0f + 0.5f, splat<F>(1)));
   }
 };
 

@@ -133,11 +133,10 @@ const char* launch(const NormForward& p, cudaStream_t stream) {
   const RowLayout layout = layout_for<kVec>(kNormForward, p.width, kVec * kForwardItems<kVec>);
   const int64_t held = int64_t(layout.threads) * kVec * kForwardItems<kVec>;
   int64_t shared = std::max<int64_t>(0, p.width - held) * int64_t(sizeof(T));
-  constexpr int64_t kStatic = 3 * kMaxWarps * sizeof(float);
-  const bool keep = shared > 0 && shared <= shared_limit(kStatic);
+  const bool keep = shared > 0 && shared <= shared_limit(kNormStatic);
   if (!keep) shared = 0;
   const auto kernel = p.width <= held ? forward_kernel<T, kVec, kLayer, true> : forward_kernel<T, kVec, kLayer, false>;
-  if (const char* error = allow_shared(kernel, shared, kStatic)) return error;
+  if (const char* error = allow_shared(kernel, shared, kNormStatic)) return error;
   const int64_t blocks = std::min(ceil_div(p.rows, layout.rows), processors() * kBlocksPerProcessor);
   DLOPS_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(layout.threads, layout.rows), size_t(shared), stream, p, keep);
   return launch_error();

@@ -218,11 +218,10 @@ const char* launch(const NormBackward& p, cudaStream_t stream) {
   const bool whole = p.width <= int64_t(layout.threads) * kElements<true>;
   const int sums = (p.dweight != nullptr) + (p.dbias != nullptr);
   int64_t shared = layout.rows > 1 && sums ? layout.rows * p.width * int64_t(sizeof(float)) : 0;
-  constexpr int64_t kStatic = 3 * kMaxWarps * sizeof(float);
   Beyond beyond{};
   if (!whole) {
     const int64_t rest = p.width - int64_t(layout.threads) * kElements<false>;
-    const int64_t limit = shared_limit(kStatic);
+    const int64_t limit = shared_limit(kNormStatic);
     const int64_t sum_bytes = sums * rest * int64_t(sizeof(float)), row_bytes = 2 * rest * int64_t(sizeof(T));
     beyond.shared_sums = sum_bytes <= limit;
     shared = beyond.shared_sums ? sum_bytes : 0;
@@ -230,7 +229,7 @@ const char* launch(const NormBackward& p, cudaStream_t stream) {
     shared += beyond.shared_row ? row_bytes : 0;
   }
   const auto kernel = whole ? backward_kernel<T, kVec, kLayer, true> : backward_kernel<T, kVec, kLayer, false>;
-  if (const char* error = allow_shared(kernel, shared, kStatic)) return error;
+  if (const char* error = allow_shared(kernel, shared, kNormStatic)) return error;
   DLOPS_LAUNCH(kernel, dim3(unsigned(ceil_div(p.rows, p.block_rows))), dim3(layout.threads, layout.rows),
                size_t(shared), stream, p, beyond);
   return launch_error();

@@ -6,6 +6,9 @@
 
 namespace dlops::cuda {
 
+// Bytes of static shared arrays in a norm's kernel, at most: three sums of each warp, for row_sums.
+constexpr int64_t kNormStatic = 3 * kMaxWarps * sizeof(float);
+
 // The part of a chunk of a row that one thread holds: kItems packs of kVec elements. A group of adjacent threads holds
 // kItems runs of adjacent packs, so that the distance from one item to the next is known to the compiler.
 template <int kVec, int kItems>
