@@ -59,11 +59,14 @@ def causal_conv1d_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         for split, layout in itertools.product(("none", "seq_idx", "packed"), ("none", "channels_last")):
             yield arguments(make, dim, width, seqlen, (*every, split, layout))
     yield arguments(make, 3, 9, 40, (*every, "packed"), dilation=7)
+    yield arguments(make, 3, 4, 16, every)
+    yield arguments(make, 8, 4, 70, (*every, "channels_last"))
+    yield arguments(make, 8, 2, 600, (*every, "channels_last"), batch=1, dilation=270)
     for seqlen in (511, 512, 513):
         yield arguments(make, 2, 4, seqlen, (*every, "seq_idx"), batch=1)
         yield arguments(make, 2, 4, seqlen, (*every, "packed", "channels_last"), dilation=2)
     if make.kind == "normal":
-        yield arguments(make, 2, 3, 8192, ("bias", "silu"), batch=1)
+        yield arguments(make, 2, 4, 8192, ("bias", "silu"), batch=1)
 
 
 @samples(conv1d.causal_conv1d_backward, degree=5)

@@ -26,6 +26,10 @@ SHARES = {
     "backward_kernel": (1.0, 0.3),  # of stores: as much code for a block's part of the weight's gradient as for rows
     "column_sum_kernel": (0.0, 0.0),  # partial sums: few, beside what the kernel before it moved
     "combine_kernel": (0.0, 0.0),  # the same
+    "conv1d_kernel": (0.15, 1.0),  # more code for weights and initial states than for steps
+    "conv1d_backward_kernel": (0.2, 0.9),  # the same; and for the weight's gradient
+    "conv1d_final_kernel": (0.0, 0.0),  # few
+    "conv1d_initial_kernel": (0.0, 0.0),  # few
     "skinny_linear_kernel": (1.0, 0.0),  # few outputs, beside the weight
 }
 _KERNEL = re.compile(r"(?:template\s*<([^>]*)>\s*)?__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")

@@ -4,6 +4,7 @@
 //   conv1d_forward(x, params)          runs the kernel; x is any tensor on the device
 //   conv1d_backward(x, params)
 //   conv1d_partial_sums(params)        the blocks that conv1d_backward wants
+//   conv1d_scratch(params)             the floats of scratch memory that it wants
 //   column_sum(x, params)
 #pragma once
 
@@ -141,6 +142,8 @@ class Conv1dOps {
     const OptionalTensor dbias = partial_sums(per_channel, p.blocks, output_mask[2]);
     if (dweight) p.dweight = dweight->template mutable_data_ptr<float>();
     if (dbias) p.dbias = dbias->template mutable_data_ptr<float>();
+    if (const int64_t floats = Device::conv1d_scratch(p))
+      p.scratch = held.held_.emplace_back(allocate(x, {floats}, ScalarType::Float)).template mutable_data_ptr<float>();
     Device::conv1d_backward(x, p);
     return {dx, total(x, weight, dweight, p.weight_dtype), total(x, per_channel, dbias, p.weight_dtype), dinitial};
   }

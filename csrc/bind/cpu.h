@@ -58,6 +58,7 @@ struct Cpu {
   static void gate_backward(const Tensor&, const ActivationPass& params);
 
   static int64_t conv1d_partial_sums(const Conv1dBackward&) { return 1; }
+  static int64_t conv1d_scratch(const Conv1dBackward&) { return 0; }
   static void conv1d_forward(const Tensor&, const Conv1dForward& params);
   static void conv1d_backward(const Tensor&, const Conv1dBackward& params);
 

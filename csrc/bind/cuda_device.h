@@ -1,9 +1,10 @@
-// The GPU as bind/norm.h and bind/activation.h see it.
+// The GPU as bind/norm.h, bind/activation.h and bind/conv1d.h see it.
 #pragma once
 
 #include "bind/cuda.h"
 #include "cuda/activation.h"
 #include "cuda/column_sum.h"
+#include "cuda/conv1d.h"
 #include "cuda/norm.h"
 
 namespace dlops {
@@ -30,6 +31,15 @@ struct Cuda {
   }
   static void gate_backward(const Tensor& x, const ActivationPass& params) {
     check_launch("gate_backward", cuda::gate_backward(params, current_stream(x)));
+  }
+
+  static int64_t conv1d_partial_sums(const Conv1dBackward& params) { return cuda::conv1d_blocks(params); }
+  static int64_t conv1d_scratch(const Conv1dBackward& params) { return cuda::conv1d_scratch(params); }
+  static void conv1d_forward(const Tensor& x, const Conv1dForward& params) {
+    check_launch("conv1d_forward", cuda::conv1d_forward(params, current_stream(x)));
+  }
+  static void conv1d_backward(const Tensor& x, const Conv1dBackward& params) {
+    check_launch("conv1d_backward", cuda::conv1d_backward(params, current_stream(x)));
   }
 };
 

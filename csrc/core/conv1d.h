@@ -38,6 +38,7 @@ struct Conv1dBackward : Conv1d {
   int64_t blocks;      // of sequences and steps, each with its own row of the partial sums
   float* dweight;      // (blocks, D, W) partial sums
   float* dbias;        // (blocks, D)
+  float* scratch;      // as many as the device asked for, or null
 };
 
 inline namespace DLOPS_ISA {
