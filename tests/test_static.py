@@ -296,6 +296,18 @@ __global__ void __launch_bounds__(1024, 2) spill_kernel(const float4* x, float4*
 }
 template __global__ void spill_kernel<float, 4>(const float4*, float4*);
 
+// To shared or to global memory, as it turns out: by 4 bytes, and by 16.
+template <class T>
+__global__ void either_kernel(const float4* x, T* y, bool keep) {
+  extern __shared__ __align__(16) unsigned char s[];
+  T* to = keep ? reinterpret_cast<T*>(s) : y;
+  to[threadIdx.x] = *reinterpret_cast<const T*>(x + threadIdx.x);
+  __syncthreads();
+  y[4096 + threadIdx.x] = to[threadIdx.x ^ 1];
+}
+template __global__ void either_kernel<float>(const float4*, float*, bool);
+template __global__ void either_kernel<float4>(const float4*, float4*, bool);
+
 __global__ void shared_kernel(const float4* x, float4* y) {
   __shared__ float4 s[128];
   s[threadIdx.x] = x[threadIdx.x];
@@ -316,5 +328,7 @@ def test_cuda_faults(tmp_path):
     assert unaligned.failures() == found["shared_kernel", "faults"].failures() == []
     assert found["shared_kernel", "faults"].code.shared_bytes == 2048
     assert aligned.failures() == [f"0 of 4 bytes are {done} 16 at a time" for done in ("loaded", "stored")]
+    narrow, wide = (found["either_kernel", f"faults T={name}"].code for name in ("float", "float4"))
+    assert narrow.loads == narrow.stores == (8, 0) and wide.loads == wide.stores == (32, 32)
     (failure,) = spilled.failures()
     assert re.fullmatch(r"\d+ accesses to spilled registers", failure)

@@ -14,12 +14,13 @@ BULK = "cp.async.bulk.tensor"
 # In PTX:
 _ENTRY = re.compile(r"\.entry (\w+)\(")
 _THREADS = re.compile(r"\.(?:reqn|maxn)tid (\d+)")
-_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[busf](\d+)\s")  # ld.global.v4.b32
+_ACCESS = re.compile(r"\b(ld|st)((?:\.[\w:]+)*?)(?:\.v(\d))?\.[busf](\d+)\s")  # ld.global.v4.b32
+_ELSEWHERE = re.compile(r"\.(?:param|shared|local|const)\b")  # an access that names no space may be to global memory
 _ASYNC = re.compile(r"\bcp\.async\.c[ag]\.\S+\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)")  # .cg.shared.global [a], [b], 16
 
 
 class Traffic(NamedTuple):
-    """Bytes of global memory that a thread's instructions move, each counted once."""
+    """Bytes that a thread's instructions move from or to what is or may be global memory, each counted once."""
 
     total: int = 0
     full: int = 0  # those that move 16 at a time, or more
@@ -64,8 +65,9 @@ def _code(body: str, registers: int, spills: int, shared_bytes: int) -> Code:
     threads = _THREADS.search(body)
     loads = [int(size, 0) for size in _ASYNC.findall(body)]
     stores = []
-    for access, vector, bits in _ACCESS.findall(body):
-        (loads if access == "ld" else stores).append(int(vector or 1) * int(bits) // 8)
+    for access, qualifiers, vector, bits in _ACCESS.findall(body):
+        if not _ELSEWHERE.search(qualifiers):
+            (loads if access == "ld" else stores).append(int(vector or 1) * int(bits) // 8)
     special = {word: len(re.findall(rf"\b{re.escape(word)}\.", body)) for word in (*MATRIX, BULK)}
     return Code(
         int(threads[1]) if threads else 1024,

@@ -23,7 +23,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 # A kernel's template parameter kVec is the elements of one access. With 1 it serves rows that are not aligned to 16
 # bytes; with more, and without such a parameter, it must load and store 16 bytes at a time, but for these shares:
 SHARES = {
-    "backward_kernel": (1.0, 0.3),  # of stores: as much code for a block's part of the weight's gradient as for rows
+    "backward_kernel": (0.8, 0.15),  # much of both is sums of the weight's gradient, wherever those are
     "column_sum_kernel": (0.0, 0.0),  # partial sums: few, beside what the kernel before it moved
     "combine_kernel": (0.0, 0.0),  # the same
     "conv1d_kernel": (0.15, 1.0),  # more code for weights and initial states than for steps
