@@ -121,7 +121,7 @@ def activate_grad(dy, saved, p0, p1, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         return tl.where(saved > 0, dy, dy * p0)
     elif ACTIVATION == "elu":
-        return tl.where(saved <= 0, dy * p0 * exp(saved), dy)
+        return tl.where(saved > 0, dy, dy * p0 * exp(saved))
     elif ACTIVATION == "sigmoid":
         return dy * (1.0 - saved) * saved
     elif ACTIVATION == "tanh":
@@ -142,7 +142,7 @@ def activate_grad(dy, saved, p0, p1, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu2":
         return dy * (2.0 * tl.where(saved <= 0, 0.0, saved))
     elif ACTIVATION == "hardswish":  # torch's halves of the kinks: 0 at -3, 1 at 3
-        return tl.where(saved <= -3.0, 0.0, tl.where(saved < 3.0, dy * (saved / 3.0 + 0.5), dy))
+        return tl.where(saved <= -3.0, 0.0, tl.where(saved >= 3.0, dy, dy * (saved / 3.0 + 0.5)))
     elif ACTIVATION == "mish":
         e = exp(tl.minimum(saved, 20.0))
         n = e * (e + 2.0)

@@ -1,6 +1,7 @@
 // Activations as functors on F = float or vfloat: value(x), and slope(s), the derivative seen from what backward saves:
-// the output where kFromOutput, else the pre-activation. Kinks and NaN follow torch; where torch's derivatives are NaN
-// at infinity (gelu, gelu_tanh, mish), these are their limits.
+// the output where kFromOutput, else the pre-activation. Kinks and NaN follow torch's vector code (in what is left over
+// of a vector its elu and hardswish have a slope of 1 at NaN); where torch's derivatives are NaN at infinity (gelu,
+// gelu_tanh, mish), these are their limits.
 #pragma once
 
 #include <cstring>
@@ -126,7 +127,7 @@ struct Elu {
   }
   template <class F>
   DLOPS_HD F slope(F x) const {
-    return vselect(x <= 0, exp(x) * alpha, splat<F>(1));
+    return vselect(x > 0, splat<F>(1), exp(x) * alpha);
   }
 };
 
@@ -224,7 +225,7 @@ struct Hardswish {
   }
   template <class F>
   DLOPS_HD F slope(F x) const {
-    return vselect(x <= -3, splat<F>(0), vselect(x < 3, x / 3.0f + 0.5f, splat<F>(1)));
+    return vselect(x <= -3, splat<F>(0), vselect(x >= 3, splat<F>(1), x / 3.0f + 0.5f));
   }
 };
 
