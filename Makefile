@@ -42,7 +42,7 @@ sanitize-host:
 	DLOPS_BUILD_CUDA=0 DLOPS_BUILD_SIMT=address $(PY) setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 "$(CURDIR)/$(PY)" \
 	  -m pytest $(addprefix "$(CURDIR)"/tests/,test_contract.py test_cuda.py test_simt.py) -q -n $(WORKERS) \
-	  -p no:cacheprovider -k "cuda and not (compiled or mean100 or huge or tiny) or emulated or simt" $(ARGS)
+	  -p no:cacheprovider -k "cuda and not (compiled or error_ratio) or emulated or simt" $(ARGS)
 
 # The pages that are generated from measured results.
 docs: $(VENV)/built
