@@ -57,6 +57,6 @@ def linear_scan(device: torch.device, dtype: torch.dtype, *shape: int) -> Proble
     return _problem(device, dtype, shape, channels_last=False)
 
 
-@case(**SHAPES)
+@case(**SHAPES | {"cpu": [], "more_cpu": SHAPES["cpu"] + SHAPES["more_cpu"]})
 def linear_scan_channels_last(device: torch.device, dtype: torch.dtype, *shape: int) -> Problem:
     return _problem(device, dtype, shape, channels_last=True)

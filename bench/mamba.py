@@ -60,7 +60,7 @@ def mamba_language_model(device: torch.device, dtype: torch.dtype, batch: int, t
     return _problem("Mamba", device, dtype, batch, tokens, num_hidden_layers=layers)
 
 
-@case(cpu=[(1, 512, 2)], cuda=[(8, 1024, 24)], more_cpu=[(1, 1024, 4)], label=LABEL)
+@case(cuda=[(8, 1024, 24)], more_cpu=[(1, 512, 2), (1, 1024, 4)], label=LABEL)
 def mamba2_language_model(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, layers: int) -> Problem:
     heads = {"num_heads": 24, "head_dim": 64, "n_groups": 1}
     return _problem("Mamba2", device, dtype, batch, tokens, num_hidden_layers=layers, **heads)
