@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=tuple(DTYPES), action="append", help="default: float32 on a CPU, bfloat16 on a GPU"
     )
     p.add_argument("--all", action="store_true", help="every shape and dtype instead of the representative ones")
-    p.add_argument("--seconds", type=_positive, default=1.0, help="of timing per row (%(default)s)")
+    p.add_argument("--seconds", type=_positive, default=runner.Settings.seconds, help="of timing per row (%(default)s)")
     p.add_argument("--only-eager", action="store_true", help="leave torch.compile and peers out")
     p.add_argument(
         "--json",
