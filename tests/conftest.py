@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from dlops import backend
 from dlops.testing import Ratio, numerics_page
 from dlops.testing.guard import guard
+from dlops.testing.interpreter import whole_scans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,8 +35,10 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def guarded() -> Iterator[None]:
     """Every access of every interpreted Triton kernel is checked, in every test."""
-    interpreted = backend.missing("triton") is None and backend.triton_interpreted()
-    with guard() if interpreted else nullcontext():
+    with ExitStack() as stack:
+        if backend.missing("triton") is None and backend.triton_interpreted():
+            stack.enter_context(guard())
+            stack.enter_context(whole_scans())
         yield
 
 
