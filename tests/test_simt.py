@@ -99,6 +99,8 @@ RACES = [
     ("memset_race", {}, "shared array values, byte 0", ("writes", "std::memset"), ("wrote", "std::memset")),
     ("disturbed_copy", {"n": 5}, "global memory at 0x", None, None),
     ("disturbed_copy", {"n": 6}, "shared array values, byte 4", None, None),
+    ("late_copy", {"n": 0}, "shared array values, byte", ("reads", "out[64"), None),
+    ("late_copy", {"n": 1}, "shared array values, byte", ("reads", "out[64"), None),
 ]
 
 

@@ -176,12 +176,13 @@ int Worker::block_barrier(const char* name, Vote vote, int predicate, const Wher
     int count = 0;
     for (const Thread& thread : threads_) count += thread.vote;
     const int result = vote == Vote::kCount ? count : vote == Vote::kAnd ? count == int(threads_.size()) : count > 0;
+    memory_->races.block_barrier();
     for (Thread& thread : threads_) {
       thread.vote = result;
       thread.waits_in = nullptr;
+      copies_go_on(thread);
     }
     for (unsigned w = 0; w < warps_.size(); ++w) wake(w, warps_[w].exists);
-    memory_->races.block_barrier();
     at_barrier_ = 0;
   }
   wait();
@@ -217,7 +218,10 @@ void Worker::warp_collective(const char* name, unsigned mask, Combine combine, v
   wait();
 }
 
-void Worker::warp_ordered(unsigned lanes) { memory_->races.warp_barrier(thread_->id / kWarpSize, lanes); }
+void Worker::warp_ordered(unsigned lanes) {
+  memory_->races.warp_barrier(thread_->id / kWarpSize, lanes);
+  for (unsigned bits = lanes; bits; bits &= bits - 1) copies_go_on(warp_thread(std::countr_zero(bits)));
+}
 
 // ---- memory
 // -------------------------------------------------------------------------------------------------------------
@@ -232,6 +236,14 @@ const Copy* Copies::disturbed(const void* p, size_t size, Access access) const {
     if (overlaps(copy.shared, copy.bytes) || (access != Access::kRead && overlaps(copy.global, copy.valid)))
       return &copy;
   return nullptr;
+}
+
+void Worker::copies_go_on(const Thread& thread) {
+  if (!grid_.config.detect_races) return;
+  for (const Copy& copy : thread.copies.pending) {
+    memory_->races.global_access(copy.global, copy.valid, Access::kRead, thread.id, copy.code);
+    memory_->races.shared_access(memory_->shared, copy.shared, copy.bytes, Access::kWrite, thread.id, copy.code);
+  }
 }
 
 void Worker::access(const void* p, size_t size, Access access, const void* code) {

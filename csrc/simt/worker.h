@@ -93,6 +93,7 @@ class Worker {
   Thread* next();
   void wake(unsigned warp, unsigned lanes);
   void wait();
+  void copies_go_on(const Thread& thread);  // past a barrier: what it copies is read and written after it as before
   std::string diagnose() const;
 
   Grid& grid_;

@@ -131,6 +131,21 @@ __global__ void disturbed_copy(int* out, int n) {
   out[64 + threadIdx.x] = values[threadIdx.x % 4] + seen;
 }
 
+// Others read what is copied: after a barrier, but the copier has not waited. A copy without a commit is in no group.
+__global__ void late_copy(int* out, int n) {
+  DLOPS_SHARED(int, values, [64]);
+  dlops::copy_async<4>(values + threadIdx.x, out + threadIdx.x);
+  if (n == 0) dlops::copy_async_wait();
+  if (n == 1) dlops::copy_async_commit();
+  if (n == 1)
+    __syncwarp();
+  else
+    __syncthreads();
+  out[64 + threadIdx.x] = values[threadIdx.x ^ 1];
+  __syncthreads();
+  dlops::copy_async_wait();
+}
+
 __global__ void misaligned_atomic(int* out, int n) {
   atomicAdd(reinterpret_cast<float*>(reinterpret_cast<char*>(out) + n), 1.0f);
 }
@@ -268,6 +283,7 @@ constexpr Kernel kKernels[] = {KERNEL(race),
                                KERNEL(memcpy_past_end),
                                KERNEL(large_copy_past_end),
                                KERNEL(disturbed_copy),
+                               KERNEL(late_copy),
                                KERNEL(misaligned_atomic),
                                KERNEL(bounded<64>),
                                KERNEL(bounded<96>),
