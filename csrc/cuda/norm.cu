@@ -107,7 +107,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) forward_kernel(NormForward p,
     }
     row_sums(sums, scratch);
     const float shift = sums[0] / float(p.width);
-    const float rstd = 1.0f / sqrtf((sums[1] / float(p.width) - shift * shift) + p.eps);
+    float variance = sums[1] / float(p.width) - shift * shift;
+    if (variance < 0) variance = 0;  // the rounding of a row of one value; a NaN stays
+    const float rstd = 1.0f / sqrtf(variance + p.eps);
     if (row < p.rows && threadIdx.x == 0) {
       if constexpr (kLayer) p.mean[row] = kWhole ? pivot : pivot + shift;
       p.rstd[row] = rstd;
