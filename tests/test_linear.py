@@ -185,6 +185,23 @@ def test_slopes_at_nan(name: str) -> None:
         torch.testing.assert_close(found, expected, equal_nan=True, msg=lambda text, a=activation: f"{a}: {text}")
 
 
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("activation", ["step", "sign", "relu", "hardswish"])
+def test_an_infinite_gradient_ends_where_torch_selects_zero(activation: str, name: str) -> None:
+    """Such as the gradient of sqrt(relu(x)) below zero."""
+    pre = torch.tensor([-5.0, -4.0, 4.0, 5.0]).repeat(2, 16)
+    dy = torch.tensor([torch.inf, torch.nan, 1.0, torch.inf]).repeat(2, 16)
+    x, weight, saved = torch.ones(2, 1), torch.ones(64, 1), activate(pre, activation, [])
+    call = (dy, x, weight, saved if activation in FROM_OUTPUT else pre, activation, [], [False, False, True])
+    gated = (dy, x, weight, weight, pre, pre, activation, [], [False, False, False, True, True])
+    for op, args in ((linear.linear_act_backward, call), (linear.gated_linear_backward, gated)):
+        if reason := backend.refusal(op, name, args):
+            pytest.skip(reason)
+        with dlops.use_backend(name):
+            found = op(*args)
+        torch.testing.assert_close(found, op.definition(*args), equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
 def test_maxout_takes_the_first_of_equals_and_nan_before_all(name: str) -> None:
     x, weight, bias = torch.randn(5, 6), torch.randn(9, 6), torch.randn(9)

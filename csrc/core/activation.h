@@ -1,7 +1,8 @@
 // Activations as functors on F = float or vfloat: value(x), and slope(s), the derivative seen from what backward saves:
 // the output where kFromOutput, else the pre-activation. Kinks and NaN follow torch's vector code (in what is left over
 // of a vector its elu and hardswish have a slope of 1 at NaN); where torch's derivatives are NaN at infinity (gelu,
-// gelu_tanh, mish), these are their limits.
+// gelu_tanh, mish), these are their limits. Where torch selects between dy and 0 there is gradient(dy, s) in place of
+// the slope: an infinite dy, such as sqrt's at 0, ends there.
 #pragma once
 
 #include <cstring>
@@ -72,7 +73,7 @@ struct Step {
     return vselect(x >= 0, splat<F>(1), splat<F>(0));
   }
   template <class F>
-  DLOPS_HD F slope(F) const {
+  DLOPS_HD F gradient(F, F) const {
     return splat<F>(0);
   }
 };
@@ -85,7 +86,7 @@ struct Sign {
     return vselect(x > 0, splat<F>(1), vselect(x < 0, splat<F>(-1), splat<F>(0)));
   }
   template <class F>
-  DLOPS_HD F slope(F) const {
+  DLOPS_HD F gradient(F, F) const {
     return splat<F>(0);
   }
 };
@@ -98,8 +99,8 @@ struct Relu {
     return maximum(x, 0.0f);
   }
   template <class F>
-  DLOPS_HD F slope(F y) const {
-    return vselect(y <= 0, splat<F>(0), splat<F>(1));
+  DLOPS_HD F gradient(F dy, F y) const {
+    return vselect(y <= 0, splat<F>(0), dy);
   }
 };
 
@@ -224,8 +225,8 @@ struct Hardswish {
     return x * minimum(maximum(x + 3.0f, 0.0f), 6.0f) / 6.0f;
   }
   template <class F>
-  DLOPS_HD F slope(F x) const {
-    return vselect(x <= -3, splat<F>(0), vselect(x >= 3, splat<F>(1), x / 3.0f + 0.5f));
+  DLOPS_HD F gradient(F dy, F x) const {
+    return vselect(x <= -3, splat<F>(0), vselect(x >= 3, dy, dy * (x / 3.0f + 0.5f)));
   }
 };
 
@@ -263,6 +264,15 @@ struct Softplus {
     return vselect(z > threshold, splat<F>(1), sigmoid(z));
   }
 };
+
+// dy through an activation to what it was taken of; saved is what slope sees.
+template <class A, class F>
+DLOPS_HD F gradient(const A& activation, F dy, F saved) {
+  if constexpr (requires { activation.gradient(dy, saved); })
+    return activation.gradient(dy, saved);
+  else
+    return dy * activation.slope(saved);
+}
 
 // Calls f with the functor of an activation chosen at run time.
 template <class F>

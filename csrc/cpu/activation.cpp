@@ -28,12 +28,11 @@ void value_chunk(const float* params, const float* x, float* y, int64_t n) {
       n, [&](int64_t j, auto lanes) DLOPS_INLINE { put<kStream>(y + j, activation.value(load(x + j, lanes)), lanes); });
 }
 
-// dx = dy * slope(saved)
 template <class A, bool kStream>
-void slope_chunk(const float* params, const float* dy, const float* saved, float* dx, int64_t n) {
+void gradient_chunk(const float* params, const float* dy, const float* saved, float* dx, int64_t n) {
   const A activation(params);
   for_lanes(n, [&](int64_t j, auto lanes) DLOPS_INLINE {
-    put<kStream>(dx + j, load(dy + j, lanes) * activation.slope(load(saved + j, lanes)), lanes);
+    put<kStream>(dx + j, gradient(activation, load(dy + j, lanes), load(saved + j, lanes)), lanes);
   });
 }
 
@@ -41,12 +40,12 @@ void slope_chunk(const float* params, const float* dy, const float* saved, float
 struct Chunks {
   bool from_output;
   void (*value[2])(const float* params, const float* x, float* y, int64_t n);
-  void (*slope[2])(const float* params, const float* dy, const float* saved, float* dx, int64_t n);
+  void (*gradient[2])(const float* params, const float* dy, const float* saved, float* dx, int64_t n);
 };
 
 template <class A>
 constexpr Chunks kChunksOf = {
-    A::kFromOutput, {value_chunk<A, false>, value_chunk<A, true>}, {slope_chunk<A, false>, slope_chunk<A, true>}};
+    A::kFromOutput, {value_chunk<A, false>, value_chunk<A, true>}, {gradient_chunk<A, false>, gradient_chunk<A, true>}};
 
 // In the order of Activation.
 constexpr Chunks kChunks[] = {kChunksOf<None>,      kChunksOf<Step>,     kChunksOf<Sign>,    kChunksOf<Relu>,
@@ -169,7 +168,7 @@ void act_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
         const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
         T* out = at_output<T>(p.out, p, s);
         float* dx = p.dbias ? dx_buffer : target(out, dx_buffer);  // the bias gradient sums what is not yet rounded
-        chunk.slope[dx != dx_buffer && p.stream && can_stream(out, 0)](p.params, dy, x, dx, s.count);
+        chunk.gradient[dx != dx_buffer && p.stream && can_stream(out, 0)](p.params, dy, x, dx, s.count);
         if (dx == dx_buffer) write(out, dx, s.count, p.stream);
         if (p.dbias) bias.add(dx, s.count);
       },
@@ -214,7 +213,7 @@ void gate_backward_typed(const ActivationPass& p, int64_t begin, int64_t end) {
         const float* dy = read(at<T>(p.dy, p.dy_stride, s), dy_buffer, s.count);
         chunk.value[0](p.params, x, y, s.count);
         multiply(dy, up, dx, s.count);
-        chunk.slope[0](p.params, dx, chunk.from_output ? y : x, dx, s.count);
+        chunk.gradient[0](p.params, dx, chunk.from_output ? y : x, dx, s.count);
         multiply(dy, y, y, s.count);
         write(at_output<T>(p.out, p, s), dx, s.count, p.stream);
         write(at_output<T>(p.out_up, p, s), y, s.count, p.stream);

@@ -52,14 +52,14 @@ __global__ void __launch_bounds__(kThreads, 1) activation_backward_kernel(Activa
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
           const float y = activation.value(x.get(i));
-          out[i] = dy.get(i) * up.get(i) * activation.slope(A::kFromOutput ? y : x.get(i));
+          out[i] = gradient(activation, dy.get(i) * up.get(i), A::kFromOutput ? y : x.get(i));
           out_up[i] = dy.get(i) * y;
           sum_up[i] += out_up[i];
         }
         store_global(static_cast<T*>(p.out_up) + row * p.width + j, Pack<T, kVec>::of(out_up));
       } else {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) out[i] = dy.get(i) * activation.slope(x.get(i));
+        for (int i = 0; i < kVec; ++i) out[i] = gradient(activation, dy.get(i), x.get(i));
       }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[i] += out[i];
