@@ -16,7 +16,7 @@ import pytest
 from dlops import backend
 from dlops.testing import Ratio, numerics_page
 from dlops.testing.guard import guard
-from dlops.testing.interpreter import whole_scans
+from dlops.testing.interpreter import quick_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,7 +38,7 @@ def guarded() -> Iterator[None]:
     with ExitStack() as stack:
         if backend.missing("triton") is None and backend.triton_interpreted():
             stack.enter_context(guard())
-            stack.enter_context(whole_scans())
+            stack.enter_context(quick_interpreter())
         yield
 
 

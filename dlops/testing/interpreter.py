@@ -1,4 +1,6 @@
-"""Triton's interpreter with scans of whole tensors: its own take Python's time for every element."""
+"""Triton's interpreter, quicker: its scans take Python's time for every element, and its calls of device functions
+replace the members of ``triton.language`` once more each, which the launch has done already.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,10 +29,26 @@ def _scan(self: Any, inputs: Any) -> list[Any]:
     return results
 
 
-@contextlib.contextmanager
-def whole_scans() -> Iterator[None]:
-    """``tl.associative_scan`` of the kernels interpreted inside the block works on whole tensors."""
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a kernel calls a device function by."""
     from triton.runtime import interpreter
 
-    with mock.patch.object(interpreter.ScanOps, "generic_scan", _scan):
+    used = [self.fn.__globals__.get(name) for name in ("tl", "core")]
+    if any(language is not None and interpreter.tl.core.is_builtin(language.load) for language in used):
+        interpreter._patch_lang(self.fn)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+@contextlib.contextmanager
+def quick_interpreter() -> Iterator[None]:
+    """The Triton kernels interpreted inside the block are interpreted sooner, to the same results."""
+    from triton.runtime import interpreter
+
+    with (
+        mock.patch.object(interpreter.ScanOps, "generic_scan", _scan),
+        mock.patch.object(interpreter.InterpretedFunction, "__call__", _call),
+    ):
         yield
