@@ -47,12 +47,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--resume", type=Path, help="note in this file which tests passed, and skip those it names")
 
 
+PASSED = pytest.StashKey[set[str]]()  # before this run
+
+
 class Passed:
     """Notes the tests that passed. A run that finds none left to do has succeeded."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, before: set[str]) -> None:
+        self.file, self.before = file, before
         file.parent.mkdir(parents=True, exist_ok=True)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """A worker that takes a dead one's place must collect what that one did, whatever has passed since."""
+        node.workerinput["passed"] = sorted(self.before)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
@@ -61,19 +69,21 @@ class Passed:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.file.exists():
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.before:
             session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (file := config.getoption("--resume")) and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Passed(file))
+    if file := config.getoption("--resume"):
+        if (worker := getattr(config, "workerinput", None)) is not None:
+            config.stash[PASSED] = set(worker["passed"])
+        else:
+            config.stash[PASSED] = set(file.read_text().splitlines()) if file.exists() else set()
+            config.pluginmanager.register(Passed(file, config.stash[PASSED]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    file = config.getoption("--resume")
-    if file and file.exists():
-        passed = set(file.read_text().splitlines())
+    if passed := config.stash.get(PASSED, set()):
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
         items[:] = [item for item in items if item.nodeid not in passed]
 
