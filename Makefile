@@ -67,20 +67,23 @@ gpu: gpu-build
 	@failed=0; for part in $(PARTS); do $(MAKE) --no-print-directory gpu-$$part || failed=1; done; \
 	  test $$failed = 0 && cd "$(STATE)" && rm -rf $(PARTS)
 
+# Stops if kernels are missing that could have been built, unless they were not wanted.
 gpu-build:
 	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU)
 	$(PYTHON) -c "import sys; print('import site;', '; '.join(f'site.addsitedir({p!r})' for p in sys.path if p.endswith('-packages')))" \
 	  > "$$($(GPU)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	$(GPU)/bin/python setup.py -q build_ext --inplace
 	$(GPU)/bin/python $(PIP) install -q --no-build-isolation --no-deps --no-index -e .
-	$(GPU)/bin/python -m dlops
+	$(if $(filter 0,$(DLOPS_BUILD_CUDA)),-)$(GPU)/bin/python -m dlops
 	mkdir -p "$(OUT)"
 
-# What is done is noted here until all PARTS are: while the sources are the same, a run that was cut short goes on from it.
+# What is done is noted here until all PARTS are: while the sources and the GPUs are the same, a run that was cut short
+# goes on from it.
 PARTS = $(if $(filter all,$(PART)),test bench sanitize,$(PART))
 SOURCE_FILES = find bench csrc dlops kernels tests setup.py pyproject.toml Makefile -name results -prune -o -type f \
   ! -name '*.pyc' ! -name '*.so' -print
-STATE = $(abspath $(OUT))/$(shell $(SOURCE_FILES) | sort | xargs cat | cksum | cut -d' ' -f1)
+GPU_NAMES = nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null
+STATE = $(abspath $(OUT))/$(shell { $(GPU_NAMES); $(SOURCE_FILES) | sort | xargs cat; } | cksum | cut -d' ' -f1)
 
 gpu-test:
 	$(GPU)/bin/python $(PYTEST) -q -n 4 --tb=short -rfE --resume "$(STATE)/test/passed.txt" --junit-xml="$(OUT)/tests.xml" $(ARGS)
