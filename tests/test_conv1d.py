@@ -55,9 +55,12 @@ def causal_conv1d_samples(make: Make) -> Iterator[tuple[Any, ...]]:
         for split in ("seq_idx", "packed") if "split" in on else ("none",):
             yield arguments(make, 3 + i, 2 + i % 4, 6 + i, (*on, split), dilation=1 + i % 3)
     every = ("bias", "silu", "initial_states", "final_states")
-    for dim, width, seqlen in [(1, 1, 1), (2, 3, 0), (3, 4, 1), (8, 2, 8), (9, 5, 31), (33, 4, 3), (70, 3, 9)]:
-        for split, layout in itertools.product(("none", "seq_idx", "packed"), ("none", "channels_last")):
-            yield arguments(make, dim, width, seqlen, (*every, split, layout))
+    for split in ("none", "seq_idx", "packed"):
+        for dim, width, seqlen in [(1, 1, 1), (2, 3, 0), (3, 4, 1), (8, 2, 8), (9, 5, 31)]:
+            for layout in ("none", "channels_last"):
+                yield arguments(make, dim, width, seqlen, (*every, split, layout))
+        yield arguments(make, 33, 4, 3, (*every, split, "channels_last"))
+        yield arguments(make, 70, 3, 9, (*every, split, "channels_last"))
     for split in ("seq_idx", "packed"):
         yield arguments(make, 3, 9, 40, (*every, split), dilation=7)
     yield arguments(make, 3, 4, 16, every)
@@ -72,7 +75,7 @@ def causal_conv1d_samples(make: Make) -> Iterator[tuple[Any, ...]]:
 
 @samples(conv1d.causal_conv1d_backward, degree=5)
 def causal_conv1d_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
-    for args in causal_conv1d_samples(make):
+    for args in itertools.islice(causal_conv1d_samples(make), 0, None, 3):  # the others' gradients are checked there
         *tensors, activation, dilation, final = args
         states = conv1d.causal_conv1d.definition(*args[:-1], True)[1].shape
         dfinal = make(*states) if final else None

@@ -27,6 +27,13 @@ from bench.static.gate import Facts, Launch, Need
 DTYPES = (torch.bfloat16, torch.float32)  # one of each width
 ALL_DTYPES = (*DTYPES, torch.float16)
 SMS = 132
+# Kernels that move 16 bytes at a time in fewer of their accesses than the size of their tiles allows: the shares of
+# those to load and to store, by what begins a kernel's name and configuration. The first that matches counts.
+SHARES = {
+    r"conv_kernel .*\bfinal\b|dx_kernel .*\binitial\b": (0.0, 0.0),  # states: few
+    r"(conv|dpre|dx)_kernel .*\bstride_[gx]t=1\b": (0.0, 1.0),  # taps are steps apart: among adjacent steps unaligned
+    r"(conv|dpre|dx)_kernel ": (0.35, 1.0),  # as much code for states, where steps are adjacent, as for steps
+}
 driver: Any = triton.runtime.driver
 
 
@@ -105,6 +112,9 @@ def compiled(launch: Launch) -> Facts:
     (found,) = code.read(kernel.asm["ptx"], kernel.asm["cubin"]).values()
     found = found._replace(shared_bytes=kernel.metadata.shared)  # all of it is dynamic
     needs = need(kernel.asm["ttir"], found.threads, chip)
+    names = f"{launch.kernel} {config}"
+    loads, stores = next((shares for start, shares in SHARES.items() if re.match(start, names)), (1.0, 1.0))
+    needs = needs._replace(loads=needs.loads * loads, stores=needs.stores * stores)
     return Facts(launch.kernel, config, launch.arch, found, needs, kernel.metadata.tmem_size or 0)
 
 

@@ -263,10 +263,11 @@ causal_conv1d.register_autograd(_formula)
 
 def _rule(*args: Any) -> Sequence[str]:
     # On a GPU: unmeasured.
-    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "torch")
+    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "triton", "torch")
 
 
 for _op in (causal_conv1d, causal_conv1d_backward):
     _op.rule = _rule
     _op.implement("cpu")
     _op.implement("cuda")
+    _op.implement("triton")
