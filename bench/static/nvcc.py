@@ -30,6 +30,10 @@ SHARES = {
     "conv1d_backward_kernel": (0.2, 0.9),  # the same; and for the weight's gradient
     "conv1d_final_kernel": (0.0, 0.0),  # few
     "conv1d_initial_kernel": (0.0, 0.0),  # few
+    "scan_kernel": (0.0, 0.0),  # bound by exponentials; elements in the order of either layout
+    "scan_backward_kernel": (0.0, 0.0),  # the same
+    "scan_chunks_kernel": (0.0, 0.0),  # a state of each chunk
+    "scan_ends_kernel": (0.0, 0.0),  # as scan_kernel
     "skinny_linear_kernel": (1.0, 0.0),  # few outputs, beside the weight
 }
 _KERNEL = re.compile(r"(?:template\s*<([^>]*)>\s*)?__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")

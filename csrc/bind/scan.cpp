@@ -1,63 +1,14 @@
 // dlops_cpu: the selective scan. The op's check has compared the arguments; here they are checked again as far as
 // memory safety goes, and seen as pointers and strides.
-#include "bind/scan.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <tuple>
 
+#include "bind/selective_scan.h"
+
 namespace dlops {
 namespace {
-
-struct Arguments {
-  const Tensor &u, &delta, &A, &B, &C;
-  const OptionalTensor &D, &z, &delta_bias, &initial_state, &cu_seqlens;
-  bool delta_softplus;
-};
-
-ScanCoefficient coefficient(Held& held, const char* name, const Tensor& x, const Scan& p, ScalarType state,
-                            ScalarType dtype) {
-  if (x.dim() == 2) {
-    check_exact(name, x, state, {p.dim, p.states});
-    return {.data = held.data<void>(x), .varies = false};
-  }
-  check_exact(name, x, p.complex ? state : dtype, {p.batch, p.groups, p.states, p.steps});
-  return {x.const_data_ptr(), true, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-Scan scan_of(Held& held, const Arguments& a) {
-  Scan p{.dtype = check_dtype("u", a.u, DeviceType::CPU)};
-  check(a.u.dim() == 3, "u: expected (batch, dim, seqlen), got ", a.u);
-  p.batch = a.u.size(0), p.dim = a.u.size(1), p.steps = a.u.size(2);
-  const auto sizes = a.u.sizes();
-  check_like("delta", a.delta, a.u, "u", &sizes);
-  if (a.z) check_like("z", *a.z, a.u, "u", &sizes);
-  p.complex = a.A.scalar_type() == ScalarType::ComplexFloat;
-  const ScalarType state = p.complex ? ScalarType::ComplexFloat : ScalarType::Float;
-  check(a.A.dim() == 2, "A: expected (dim, dstate), got ", a.A);
-  p.states = a.A.size(1);
-  check_exact("A", a.A, state, {p.dim, p.states});
-  p.groups = a.B.dim() == 4 ? a.B.size(1) : a.C.dim() == 4 ? a.C.size(1) : 1;
-  check(p.groups > 0 && p.dim % p.groups == 0, "B: expected groups that divide ", p.dim, " channels, got ", a.B);
-  p.u = view(a.u), p.delta = view(a.delta);
-  if (a.z) p.z = view(*a.z);
-  p.A = held.data<float>(a.A);
-  p.B = coefficient(held, "B", a.B, p, state, a.u.scalar_type());
-  p.C = coefficient(held, "C", a.C, p, state, a.u.scalar_type());
-  p.D = parameter(held, "D", a.D, ScalarType::Float, {p.dim});
-  p.delta_bias = parameter(held, "delta_bias", a.delta_bias, ScalarType::Float, {p.dim});
-  p.delta_softplus = a.delta_softplus;
-  p.sequences = p.batch;
-  if (a.cu_seqlens) {
-    check(p.batch == 1, "u: expected batch 1 with cu_seqlens, got ", a.u);
-    p.cu_seqlens = bounds(held, *a.cu_seqlens, p.steps);
-    p.sequences = a.cu_seqlens->size(0) - 1;
-  }
-  p.initial_state = parameter(held, "initial_state", a.initial_state, state, {p.sequences, p.dim, p.states});
-  p.chunk = 64 * std::max<int64_t>(1, ceil_div(p.states, 16));  // dlops.ops.scan.chunk_length
-  return p;
-}
 
 // Sets the channels of a task: wide blocks, which read u's rows in long pieces, but about `tasks` tasks, at most `most`
 // blocks of a group, and states that stay in cache.
@@ -82,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
                                                   const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
                                                   bool delta_softplus, bool save) {
   Held held;
-  ScanForward p{scan_of(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
+  ScanForward p{
+      scan_of<DeviceType::CPU>(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
   Tensor y = allocate_steps(u);
   Tensor last_state = allocate(A, {p.sequences, p.dim, p.states}, A.scalar_type());
   const Sizes saved{p.batch, ceil_div(p.steps, p.chunk), p.dim, p.states};
@@ -97,8 +49,6 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   return {y, last_state, checkpoints};
 }
 
-using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                              const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                              const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
@@ -106,7 +56,8 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
                              const Tensor& checkpoints, bool delta_softplus, std::vector<bool> mask) {
   check(mask.size() == 9, "output_mask: expected 9 values, got ", mask.size());
   Held held;
-  ScanBackward p{scan_of(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
+  ScanBackward p{
+      scan_of<DeviceType::CPU>(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
   const auto sizes = u.sizes();
   check_like("dy", dy, u, "u", &sizes);
   p.dy = view(dy);
@@ -170,16 +121,7 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
 }  // namespace
 }  // namespace dlops
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cpu, m) {
-  m.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
-      " Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool save) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "selective_scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-      " Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? dlast_state, Tensor checkpoints,"
-      " bool delta_softplus, bool[9] output_mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(dlops_cpu, m) { dlops::define_selective_scan(m); }
 
 // For every device, so that a tensor of the wrong one is refused by name rather than by torch's dispatcher.
 STABLE_TORCH_LIBRARY_IMPL(dlops_cpu, CompositeExplicitAutograd, m) {

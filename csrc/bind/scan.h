@@ -12,11 +12,12 @@ using Sizes = std::vector<int64_t>;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline void check_exact(const char* name, const Tensor& tensor, ScalarType dtype, const Sizes& sizes) {
+inline void check_exact(const char* name, const Tensor& tensor, ScalarType dtype, const Sizes& sizes,
+                        DeviceType device = DeviceType::CPU) {
   bool same = tensor.dim() == int64_t(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(int64_t(i)) == sizes[i];
-  check(same && tensor.scalar_type() == dtype && tensor.device().type() == DeviceType::CPU, name, ": expected shape ",
-        Shape{sizes}, " on the cpu, of the state's or the input's dtype, got ", tensor);
+  check(same && tensor.scalar_type() == dtype && tensor.device().type() == device, name, ": expected shape ",
+        Shape{sizes}, " on the other arguments' device, of the state's or the input's dtype, got ", tensor);
 }
 
 // Contiguous copies of what the kernels take as plain pointers.
@@ -30,18 +31,20 @@ struct Held {
 };
 
 inline const float* parameter(Held& held, const char* name, const OptionalTensor& tensor, ScalarType dtype,
-                              const Sizes& sizes) {
+                              const Sizes& sizes, DeviceType device = DeviceType::CPU) {
   if (!tensor) return nullptr;
-  check_exact(name, *tensor, dtype, sizes);
+  check_exact(name, *tensor, dtype, sizes, device);
   return held.data<float>(*tensor);
 }
 
-// Of packed sequences: (num_sequences + 1) numbers that do not leave [0, steps].
-inline const int32_t* bounds(Held& held, const Tensor& cu_seqlens, int64_t steps) {
+// Of packed sequences: (num_sequences + 1) numbers that do not leave [0, steps]; `readable`: to the host.
+inline const int32_t* bounds(Held& held, const Tensor& cu_seqlens, int64_t steps, DeviceType device = DeviceType::CPU,
+                             bool readable = true) {
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, "cu_seqlens: expected (num_sequences + 1,), got ", cu_seqlens);
   const int64_t sequences = cu_seqlens.size(0) - 1;
-  check_exact("cu_seqlens", cu_seqlens, ScalarType::Int, {sequences + 1});
+  check_exact("cu_seqlens", cu_seqlens, ScalarType::Int, {sequences + 1}, device);
   const int32_t* edges = held.data<int32_t>(cu_seqlens);
+  if (!readable) return edges;
   bool ok = edges[0] == 0 && edges[sequences] == steps;
   for (int64_t i = 0; i < sequences; ++i) ok &= edges[i] <= edges[i + 1];
   check(ok, "cu_seqlens: expected numbers that do not decrease, from 0 to ", steps);

@@ -377,9 +377,16 @@ selective_scan.register_autograd(
 
 
 def _rule(*args: Any) -> Sequence[str]:
-    return ("cpu", "torch") if args[0].is_cpu else ("torch",)
+    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "torch")
+
+
+def _complex(*args: Any) -> str | None:
+    if any(isinstance(a, Tensor) and a.is_complex() for a in args):
+        return "it serves a real A, got a complex one"
+    return None
 
 
 for _op in (selective_scan, selective_scan_backward):
     _op.rule = _rule
     _op.implement("cpu")
+    _op.implement("cuda", refuses=_complex)
