@@ -52,8 +52,8 @@ def linear_scan_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield (*arguments(make, 2, 0, 5), True)
     # Behind the fences of tests/fence.cpp the definition's backward would need more maps than a process may have.
     if make.kind == "normal" and make.dtype == torch.float32 and "DLOPS_FENCE" not in os.environ:
-        yield (*arguments(make, 1, 9, 8200, last=True), False)
-        yield (*arguments(make, 1, 9, 8200, complex_=True), True)
+        yield (*arguments(make, 1, 9, 2100, last=True), False)
+        yield (*arguments(make, 1, 9, 2100, complex_=True), True)
 
 
 @samples(linear_scan.linear_scan_backward, degree=3.5)

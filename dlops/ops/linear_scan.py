@@ -113,9 +113,10 @@ linear_scan.register_autograd(_formula, saves=lambda args, outputs: (args, outpu
 
 
 def _rule(*args: Any) -> Sequence[str]:
-    return ("cpu", "torch") if args[0].is_cpu else ("torch",)
+    return ("cpu", "torch") if args[0].is_cpu else ("triton", "torch")
 
 
 for _op in (linear_scan, linear_scan_backward):
     _op.rule = _rule
-    _op.implement("cpu", dtypes=(*backend.KERNEL_DTYPES, torch.complex64))
+    for _name in ("cpu", "triton"):
+        _op.implement(_name, dtypes=(*backend.KERNEL_DTYPES, torch.complex64))
