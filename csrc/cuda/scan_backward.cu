@@ -25,7 +25,7 @@ __device__ __forceinline__ float gated(const ScanBackward& p, int64_t batch, int
 
 // The gradient that each chunk alone passes to the state before it, and the sums of the steps.
 template <class T, class Shape>
-__global__ void __launch_bounds__(kScanThreads, 8) scan_ends_kernel(ScanBackward p, ScanWorkspace work) {
+__global__ void __launch_bounds__(kScanThreads, 6) scan_ends_kernel(ScanBackward p, ScanWorkspace work) {
   DLOPS_SHARED(float, delta, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, dproduct, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, C, [Shape::kSteps][Shape::kWidth]);
