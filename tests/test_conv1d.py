@@ -67,8 +67,8 @@ def causal_conv1d_samples(make: Make) -> Iterator[tuple[Any, ...]]:
     yield arguments(make, 8, 4, 70, (*every, "channels_last"))
     yield arguments(make, 8, 2, 600, (*every, "channels_last"), batch=1, dilation=270)
     for seqlen in (511, 512, 513):
-        yield arguments(make, 2, 4, seqlen, (*every, "seq_idx"), batch=1)
-        yield arguments(make, 2, 4, seqlen, (*every, "packed", "channels_last"), dilation=2)
+        yield arguments(make, 8, 4, seqlen, (*every, "seq_idx"), batch=1)
+        yield arguments(make, 8, 4, seqlen, (*every, "packed", "channels_last"), dilation=2)
     if make.kind == "normal":
         yield arguments(make, 2, 4, 8192, ("bias", "silu"), batch=1)
 
