@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   ScanForward p{real_scan(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
   const cuda::ScanPlan plan = cuda::scan_forward_plan(p);
   p.block = plan.block;
-  const int64_t chunks = ceil_div(p.steps, p.chunk);
+  const int64_t chunks = p.chunks();
   Tensor y = allocate_steps(u);
   Tensor last_state = allocate(A, {p.sequences, p.dim, p.states}, ScalarType::Float);
   const Sizes saved{p.batch, chunks, p.dim, p.states};
@@ -57,7 +57,7 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
   ScanBackward p{real_scan(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
   const cuda::ScanPlan plan = cuda::scan_backward_plan(p);
   p.block = plan.block;
-  const int64_t chunks = ceil_div(p.steps, p.chunk), rows = p.batch * chunks;
+  const int64_t chunks = p.chunks(), rows = p.batch * chunks;
   const auto sizes = u.sizes();
   check_like("dy", dy, u, "u", &sizes);
   p.dy = view(dy);

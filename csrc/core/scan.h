@@ -37,6 +37,7 @@ struct Scan {
   int64_t sequences;
   const float* initial_state;  // (sequences, dim, states) contiguous, or null
 
+  DLOPS_HD int64_t chunks() const { return (steps + chunk - 1) / chunk; }
   DLOPS_HD int64_t blocks() const { return (dim / groups + block - 1) / block; }  // of a group
   int64_t tasks() const { return dim ? batch * groups * blocks() : 0; }
 };

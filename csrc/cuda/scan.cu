@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(ScanForward p, bool 
   DLOPS_SHARED(float, B, [Shape::kSteps][Shape::kWidth]);
   DLOPS_SHARED(float, C, [Shape::kSteps][Shape::kWidth]);
   const ScanBlock<Shape> block(p, split);
-  const int64_t size = p.dim * p.states, chunks = ceil_div(p.steps, p.chunk);
+  const int64_t size = p.dim * p.states, chunks = p.chunks();
   float h[Shape::kStates] = {}, a[Shape::kStates], b[Shape::kStates], c[Shape::kStates];
   load_states(p, block, p.A, a);
   if (!p.B.varies) load_states(p, block, static_cast<const float*>(p.B.data), b);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(ScanForward p, bool 
 
 template <class T, class Shape>
 const char* launch(const ScanForward& p, bool split, float* totals, cudaStream_t stream) {
-  const int64_t blocks = p.tasks() * (split ? ceil_div(p.steps, p.chunk) : 1);
+  const int64_t blocks = p.tasks() * (split ? p.chunks() : 1);
   if (blocks > kMaxGrid) return "too many channels for one launch";
   const dim3 grid{unsigned(blocks)}, threads{kScanThreads};
   if (split) {

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kScanThreads, 6) scan_ends_kernel(ScanBackward
   DLOPS_SHARED(float, dproduct, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, C, [Shape::kSteps][Shape::kWidth]);
   const ScanBlock<Shape> block(p, true);
-  const int64_t size = p.dim * p.states, at = block.batch * ceil_div(p.steps, p.chunk) + block.chunk;
+  const int64_t size = p.dim * p.states, at = block.batch * p.chunks() + block.chunk;
   float dh[Shape::kStates] = {}, a[Shape::kStates], c[Shape::kStates];
   load_states(p, block, p.A, a);
   if (!p.C.varies) load_states(p, block, static_cast<const float*>(p.C.data), c);
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kScanThreads) scan_backward_kernel(ScanBackwar
   DLOPS_DYNAMIC_SHARED(float, memory);
   auto& tile = *reinterpret_cast<BackwardTile<Shape>*>(memory);
   constexpr int kStates = Shape::kStates;
-  const int64_t size = p.dim * p.states, chunks = ceil_div(p.steps, p.chunk);
-  const int64_t tiles = ceil_div(p.chunk < p.steps ? p.chunk : p.steps, Shape::kSteps);
+  const int64_t size = p.dim * p.states, chunks = p.chunks();
+  const int64_t tiles = ((p.chunk < p.steps ? p.chunk : p.steps) + Shape::kSteps - 1) / Shape::kSteps;
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     const ScanBlock<Shape> block(p, split, turn);
@@ -275,13 +275,13 @@ __global__ void __launch_bounds__(kScanThreads) scan_backward_kernel(ScanBackwar
 template <class T, class Whole>
 const char* launch(const ScanBackward& p, bool split, const ScanWorkspace& work, cudaStream_t stream) {
   using Shape = BackwardShape<Whole>;
-  const int64_t blocks = p.tasks() * (split ? ceil_div(p.steps, p.chunk) : 1);
+  const int64_t blocks = p.tasks() * (split ? p.chunks() : 1);
   if (blocks > kMaxGrid) return "too many channels for one launch";
   const dim3 grid{unsigned(blocks)}, threads{kScanThreads};
   if (split) {
     ScanBackward alone = p;
     alone.block = Whole::kChannels;
-    const int64_t narrow = alone.tasks() * ceil_div(p.steps, p.chunk);
+    const int64_t narrow = alone.tasks() * p.chunks();
     if (narrow > kMaxGrid) return "too many channels for one launch";
     DLOPS_LAUNCH((scan_ends_kernel<T, Whole>), dim3(unsigned(narrow)), threads, 0, stream, alone, work);
     if (const char* error = launch_error()) return error;
@@ -307,7 +307,7 @@ ScanPlan scan_backward_plan(const Scan& p) {
 int64_t scan_backward_states(const Scan& p, const ScanPlan& plan) {
   const int64_t steps =
       with_shape(p.states, [](auto shape) { return int64_t(BackwardShape<decltype(shape)>::kSteps); });
-  const int64_t chunks = plan.split ? ceil_div(p.steps, p.chunk) : 1;
+  const int64_t chunks = plan.split ? p.chunks() : 1;
   return p.batch * chunks * ceil_div(std::min(p.chunk, p.steps), steps) * p.dim * p.states;
 }
 

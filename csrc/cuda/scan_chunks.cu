@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_chunks_kernel(Scan p, const
   const int64_t size = p.dim * p.states, i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x;
   if (i >= p.batch * size) return;
   const int64_t batch = i / size, state = i % size, channel = state / p.states;
-  const int64_t chunks = (p.steps + p.chunk - 1) / p.chunk;
+  const int64_t chunks = p.chunks();
   const float a = p.A[state];
   float carried = 0;
   for (int64_t k = 0; k < chunks; ++k) {

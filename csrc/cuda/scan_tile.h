@@ -34,7 +34,7 @@ struct ScanBlock {
   int column, lane;
 
   __device__ ScanBlock(const Scan& p, bool split, int turn = 0) {
-    const int64_t per_group = p.dim / p.groups, chunks = split ? (p.steps + p.chunk - 1) / p.chunk : 1;
+    const int64_t per_group = p.dim / p.groups, chunks = split ? p.chunks() : 1;
     int64_t i = blockIdx.x;
     chunk = i % chunks, i /= chunks;
     number = i % p.blocks(), i /= p.blocks();
