@@ -190,6 +190,22 @@ def test_packed_sequences_equal_a_loop(name: str, complex_A: bool) -> None:
         torch.testing.assert_close(packed, torch.autograd.grad((ys, lasts), inputs, dys), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dim", "dstate", "seqlen", "flags"),
+    [
+        (130, 70, 3, (*MAMBA, "initial_state")),  # blocks of channels and of states; programs take several of them
+        (6, 17, 140, ("D", "z", "grouped", "delta_softplus", "initial_state")),
+        (5, 3, 70, ("packed", "z", "constant_B", "initial_state", "delta_bias")),
+        (5, 3, 70, ("packed", "D", "constant_C")),
+    ],
+)
+def test_blocks_on_triton(dim: int, dstate: int, seqlen: int, flags: Sequence[str], device: str) -> None:
+    if reason := backend.missing("triton"):
+        pytest.skip(reason)
+    args = arguments(Make(torch.float32, device), dim, dstate, seqlen, flags)
+    testing.check_ratios(scan.selective_scan, [args], "triton")
+
+
 needs_cpu = pytest.mark.skipif(backend.missing("cpu") is not None, reason="dlops._C is not built")
 
 

@@ -377,7 +377,7 @@ selective_scan.register_autograd(
 
 
 def _rule(*args: Any) -> Sequence[str]:
-    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "torch")
+    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "triton", "torch")
 
 
 def _complex(*args: Any) -> str | None:
@@ -390,3 +390,4 @@ for _op in (selective_scan, selective_scan_backward):
     _op.rule = _rule
     _op.implement("cpu")
     _op.implement("cuda", refuses=_complex)
+    _op.implement("triton", refuses=_complex)
