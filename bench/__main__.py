@@ -20,6 +20,7 @@ from bench import measure, report, rows, runner
 from bench.case import DEVICE_DTYPES, DTYPES, jobs, select
 from bench.static import report as static
 from bench.static.check import check
+from bench.static.chip import CHIPS
 
 DOCS = Path(__file__).parent.parent / "docs" / "performance.md"
 ALL = "all known machines"
@@ -71,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--missing", nargs="?", const=ALL, metavar="MACHINE", help="list what bench/results/ has no row for")
     p.add_argument("--static", action="store_true", help="compile the kernels for every chip and gate them")
+    p.add_argument(
+        "--chip", choices=[str(chip) for chip in CHIPS.values()], action="append", help="with --static; default: every"
+    )
     p.add_argument("--list", action="store_true", help="list the cases")
     return p
 
@@ -91,6 +95,7 @@ def gate_kernels(args: argparse.Namespace, console: Console) -> int:
             args.names,
             args.all,
             lambda name, n, of: progress.update(task, description=f"compiling {name}", completed=n, total=of),
+            [chip.arch for chip in CHIPS.values() if not args.chip or str(chip) in args.chip],
         )
     static.show(found, console)
     if args.json:

@@ -188,9 +188,10 @@ def test_command(tmp_path):
     reason="gated with Triton 3.9 or newer: what comes with 3.6 spills a few registers on sm_120",
 )
 def test_every_kernel(tmp_path):
-    """All that there are, on every chip, pass; and what their rows say agrees with their configurations."""
+    """All that there are pass, on the chip with wgmma and on that with the least shared memory (CI's own step takes all
+    chips); and what their rows say agrees with their configurations."""
     file = tmp_path / "rows.json"
-    done = gates("--json", str(file))
+    done = gates("--chip", "sm_90", "--chip", "sm_120", "--json", str(file))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     rows = json.loads(file.read_text())
     kernels = {
@@ -198,7 +199,7 @@ def test_every_kernel(tmp_path):
     }
     if not nvcc.unavailable():
         kernels |= {name for source in nvcc.sources() for name in nvcc.kernels(source)}
-    chips = {str(chip): chip for chip in CHIPS.values()}
+    chips = {str(chip): chip for chip in (CHIPS[90], CHIPS[120])}
     assert {(row["kernel"], row["chip"]) for row in rows} == {(kernel, chip) for kernel in kernels for chip in chips}
     for row in rows:
         chip, words, notes = chips[row["chip"]], row["config"].split(), row["notes"]

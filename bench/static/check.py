@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -73,8 +73,9 @@ class Task(NamedTuple):
         return CACHE / f"{hashlib.sha256(self.key.encode()).hexdigest()}.json"
 
 
-def check(names: Sequence[str], full: bool, say: Say) -> Report:
-    """Compile and gate the kernels that ``names`` select: patterns of kernels' or their files' names; all without.
+def check(names: Sequence[str], full: bool, say: Say, chips: Collection[int] = tuple(CHIPS)) -> Report:
+    """Compile and gate for ``chips`` the kernels that ``names`` select: patterns of kernels' or their files' names; all
+    without.
 
     Raises:
         ValueError: a name that selects nothing.
@@ -86,6 +87,7 @@ def check(names: Sequence[str], full: bool, say: Say) -> Report:
             for name in names:
                 if not any(_selects(name, task.file, *task.kernels) for task in tasks):
                     raise ValueError("; ".join([f"no kernel or file is called {name}", *report.unchecked]))
+            tasks = [task for task in tasks if task.arch in chips]
             if names:
                 tasks = [task for task in tasks if any(_selects(name, task.file, *task.kernels) for name in names)]
             for done, (task, facts, seconds) in enumerate(_run(pool, tasks, report), 1):
