@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlops.ops._layout import empty_in_layout_of
-from dlops.ops.scan import chunk_length
-
 from .activation import LOG2E, activate
 from .runtime import FP_FUSION, on_device, unsupported
 from .scan_backward import selective_scan_backward
@@ -22,8 +19,10 @@ from .scan_steps import (
     NUM_WARPS,
     at_step,
     bounds_of,
+    chunk_length,
     contiguous,
     decays,
+    empty_in_layout_of,
     groups_of,
     load_coefficient,
     load_sizes,

@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlops.ops._layout import empty_in_layout_of
-from dlops.ops.scan import chunk_length
-
 from .activation import LOG2E, activate, activate_grad, sigmoid
 from .reduction import sum_partials
 from .runtime import FP_FUSION, on_device
@@ -24,8 +21,10 @@ from .scan_steps import (
     advance,
     at_step,
     bounds_of,
+    chunk_length,
     contiguous,
     decays,
+    empty_in_layout_of,
     groups_of,
     load_coefficient,
     load_sizes,

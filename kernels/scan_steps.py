@@ -17,6 +17,11 @@ BLOCK_D, BLOCK_N, NUM_WARPS = (64, 16, 4) if INTERPRETED else (16, 8, 4)
 FORWARD_T, BACKWARD_T = (32, 32) if INTERPRETED else (16, 8)
 
 
+def chunk_length(states: int) -> int:
+    """Steps from one checkpoint to the next."""
+    return 64 * max(1, triton.cdiv(states, 16))
+
+
 def groups_of(B: Tensor, C: Tensor) -> int:
     """How many groups of channels there are, each of which has one B and one C."""
     return next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
@@ -37,6 +42,14 @@ def states_from(initial: Tensor | None, A: Tensor, batch: int, cu_seqlens: Tenso
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
+
+
+def empty_in_layout_of(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape and dtype: channels-last if x (batch, dim, steps) is, else contiguous."""
+    batch, dim, steps = x.shape
+    if x.stride(1) == 1 and x.stride(2) != 1:
+        return torch.empty(batch, steps, dim, dtype=x.dtype, device=x.device).mT
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @triton.jit
