@@ -61,17 +61,17 @@ def expm1_of_negative(x):
 
 
 @triton.jit
-def atanh_tail(s):
-    """atanh(s) / s - 1 for 0 <= s <= 1/3: a polynomial in s^2."""
-    z = s * s
-    return (((0.13433770835 * z + 0.14116978645) * z + 0.20003835857) * z + 0.33333319426) * z
+def atanh_polynomial(z):
+    """p with atanh(s) = s + s z p for 0 <= s <= 1/3, z = s^2."""
+    return ((0.13433770835 * z + 0.14116978645) * z + 0.20003835857) * z + 0.33333319426
 
 
 @triton.jit
 def log1p_of_fraction(x):
     """log(1 + x) for 0 <= x <= 1 as 2 atanh(s), s = x / (2 + x), to 2 ulp."""
     s = x / (2.0 + x)
-    return 2.0 * (s + s * atanh_tail(s))
+    z = s * s
+    return 2.0 * (s + s * z * atanh_polynomial(z))
 
 
 @triton.jit

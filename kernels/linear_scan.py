@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlops.ops._layout import empty_in_layout_of
-
-from .runtime import FP_FUSION, on_device, rounded, unsupported
+from .runtime import FP_FUSION, empty_in_layout_of, on_device, rounded, unsupported
 
 __all__ = ["linear_scan", "linear_scan_backward", "unsupported"]
 

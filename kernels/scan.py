@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import LOG2E, activate
-from .runtime import FP_FUSION, on_device, unsupported
+from .runtime import FP_FUSION, empty_in_layout_of, on_device, unsupported
 from .scan_backward import selective_scan_backward
 from .scan_steps import (
     BLOCK_D,
@@ -22,7 +22,6 @@ from .scan_steps import (
     chunk_length,
     contiguous,
     decays,
-    empty_in_layout_of,
     groups_of,
     load_coefficient,
     load_sizes,

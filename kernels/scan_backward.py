@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .activation import LOG2E, activate, activate_grad, sigmoid
 from .reduction import sum_partials
-from .runtime import FP_FUSION, on_device
+from .runtime import FP_FUSION, empty_in_layout_of, on_device
 from .scan_steps import (
     BACKWARD_T,
     BLOCK_D,
@@ -24,7 +24,6 @@ from .scan_steps import (
     chunk_length,
     contiguous,
     decays,
-    empty_in_layout_of,
     groups_of,
     load_coefficient,
     load_sizes,

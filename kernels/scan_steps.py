@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import atanh_tail, exp
+from .activation import atanh_polynomial, exp
 from .runtime import INTERPRETED, rounded
 
 # Channels and states of a tile, of which every thread has one; steps, divisors of 64 and so of a chunk, are as many as
@@ -42,14 +42,6 @@ def states_from(initial: Tensor | None, A: Tensor, batch: int, cu_seqlens: Tenso
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
-
-
-def empty_in_layout_of(x: Tensor) -> Tensor:
-    """An uninitialised tensor of x's shape and dtype: channels-last if x (batch, dim, steps) is, else contiguous."""
-    batch, dim, steps = x.shape
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return torch.empty(batch, steps, dim, dtype=x.dtype, device=x.device).mT
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @triton.jit
@@ -91,7 +83,8 @@ def softplus(x):
     """log(1 + e^x) to 1.8 ulp, since the states' gradients multiply its errors: 2 atanh(s) with 2 s = e - s e."""
     e = exp(-tl.abs(x))
     s = e / (2.0 + e)
-    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + (e - s * (e - 2.0 * atanh_tail(s))))
+    z = s * s
+    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + (e - s * (e - 2.0 * z * atanh_polynomial(z))))
 
 
 @triton.jit

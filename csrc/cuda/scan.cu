@@ -9,7 +9,7 @@ namespace {
 
 // kEnds: only the states that the chunks end in, from zero, into their checkpoints, and the sums of their steps.
 template <class T, class Shape, bool kEnds>
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(ScanForward p, bool split, float* totals) {
+__global__ void __launch_bounds__(kScanThreads, 4) scan_kernel(ScanForward p, bool split, float* totals) {
   DLOPS_SHARED(float, delta, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, u, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, y, [Shape::kSteps][Shape::kChannels + 1]);

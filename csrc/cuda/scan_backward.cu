@@ -25,7 +25,7 @@ __device__ __forceinline__ float gated(const ScanBackward& p, int64_t batch, int
 
 // The gradient that each chunk alone passes to the state before it, and the sums of the steps.
 template <class T, class Shape>
-__global__ void __launch_bounds__(kScanThreads, 6) scan_ends_kernel(ScanBackward p, ScanWorkspace work) {
+__global__ void __launch_bounds__(kScanThreads, 4) scan_ends_kernel(ScanBackward p, ScanWorkspace work) {
   DLOPS_SHARED(float, delta, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, dproduct, [Shape::kSteps][Shape::kChannels + 1]);
   DLOPS_SHARED(float, C, [Shape::kSteps][Shape::kWidth]);
@@ -106,7 +106,8 @@ __device__ __forceinline__ void advance(float dt, float input, const float (&a)[
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(kScanThreads) scan_backward_kernel(ScanBackward p, bool split, ScanWorkspace work) {
+__global__ void __launch_bounds__(kScanThreads, 2)
+    scan_backward_kernel(ScanBackward p, bool split, ScanWorkspace work) {
   DLOPS_DYNAMIC_SHARED(float, memory);
   auto& tile = *reinterpret_cast<BackwardTile<Shape>*>(memory);
   constexpr int kStates = Shape::kStates;
