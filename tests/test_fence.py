@@ -44,7 +44,7 @@ def behind(fence: Path, side: str, *command: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_contract_of_compiled_kernels_behind_fences(fence: Path, side: str) -> None:
-    which = "(cpu or cuda) and (test_error_ratio and normal and not torch.float16 or test_layouts) or test_random_calls"
+    which = "(cpu or cuda) and (test_error_ratio and float32-normal or test_layouts) or test_random_calls"
     which += " or test_wide_rows and normal and (20000 or 65536)"  # of aligned rows, more than a block holds
     files = ("tests/test_contract.py", "tests/test_fuzz.py", "tests/test_cuda.py")
     done = behind(fence, side, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files, "-k", which)
