@@ -17,7 +17,7 @@ FEWEST = 5
 def kernels() -> Iterator[str]:
     """Headings of all kernels, and of files that have only functions for kernels."""
     patterns = {
-        "csrc/cuda/*.cu": r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(",
+        "csrc/cuda/*.cu": r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(",
         "csrc/cpu/*.cpp": r"(?<!>\n)^(?:void|DLOPS_BY_DTYPE)[ (](\w+)(?:, \w+\)$|\([^)]* begin, int64_t end[^)]*\) \{)",
         "kernels/*.py": r"^@triton\.jit.*\ndef (\w+_kernel)\(",
     }
