@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import activate, activate_grad
 from .reduction import sum_partials
-from .runtime import ALL_REGISTERS, FP_FUSION, on_device, rounded, unsupported
+from .runtime import ALL_REGISTERS, FP_FUSION, empty_in_layout_of, on_device, rounded, unsupported
 
 __all__ = ["causal_conv1d", "causal_conv1d_backward", "unsupported"]
 
@@ -278,13 +278,6 @@ class _Call:
             sequences = torch.searchsorted(ends, steps, right=True, out_int32=True).clamp(max=count - 1)
         self.boundaries = seq_idx.contiguous() if seq_idx is not None and L else None, sequences, bounds
 
-    def like_x(self, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor of x's shape and layout."""
-        B, D, L = self.x.shape
-        if self.channels_last:
-            return torch.empty((B, L, D), dtype=dtype, device=self.x.device).mT
-        return torch.empty((B, D, L), dtype=dtype, device=self.x.device)
-
     def like_states(self) -> Tensor:
         return self.x.new_empty(self.states)
 
@@ -330,7 +323,7 @@ def causal_conv1d(
         )
         return out
 
-    y = fill(call.like_x(x.dtype), "none")
+    y = fill(empty_in_layout_of(x), "none")
     return y, fill(call.like_states(), "final") if return_final_states else x.new_empty(0)
 
 
@@ -351,7 +344,7 @@ def causal_conv1d_backward(
     """(dx, dweight, dbias, dinitial_states)."""
     call = _Call(x, weight, seq_idx, cu_seqlens, dilation)
     weight, bias, initial_states, dfinal_states = _dense(weight, bias, initial_states, dfinal_states)
-    (D, W), dpre, empty = weight.shape, call.like_x(torch.float32), x.new_empty(0)
+    (D, W), dpre, empty = weight.shape, empty_in_layout_of(x, torch.float32), x.new_empty(0)
     partials = [
         torch.empty((1, call.blocks(dpre), columns), dtype=torch.float32, device=x.device) if asked else None
         for asked, columns in zip(output_mask[1:3], (D * W, D), strict=True)
@@ -370,7 +363,7 @@ def causal_conv1d_backward(
         )  # fmt: skip
         return out
 
-    dx = fill(call.like_x(x.dtype), "none") if output_mask[0] else empty
+    dx = fill(empty_in_layout_of(x), "none") if output_mask[0] else empty
     dinitial = fill(call.like_states(), "initial") if output_mask[3] else empty
     return dx, dweight.view(D, W) if output_mask[1] else empty, dbias, dinitial
 

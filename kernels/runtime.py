@@ -78,12 +78,14 @@ def as_rows(x: Tensor, width: int) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
-def empty_in_layout_of(x: Tensor) -> Tensor:
-    """An uninitialised tensor of x's shape and dtype: channels-last if x (batch, dim, steps) is, else contiguous."""
+def empty_in_layout_of(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of x's shape, and dtype if not another: channels-last if x (batch, dim, steps) is, else
+    contiguous."""
     batch, dim, steps = x.shape
+    dtype = dtype or x.dtype
     if x.stride(1) == 1 and x.stride(2) != 1:
-        return torch.empty(batch, steps, dim, dtype=x.dtype, device=x.device).mT
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty(batch, steps, dim, dtype=dtype, device=x.device).mT
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def unsupported(op: str, *args: Any) -> str | None:
