@@ -85,25 +85,27 @@ __global__ void __launch_bounds__(kNormThreads, 1) forward_kernel(NormForward p,
       if constexpr (!kWhole) pivot = short_float(pivot);
     }
     float sums[2] = {};  // of x - pivot, and of its squares
-    const auto accumulate = [&](const Pack<T, kVec>& pack) {
+    const auto accumulate = [&](const Pack<T, kVec>& pack, float (&to)[2]) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         const float d = pack.get(i) - pivot;
-        if constexpr (kLayer) sums[0] += d;
-        sums[1] += d * d;
+        if constexpr (kLayer) to[0] += d;
+        to[1] += d * d;
       }
     };
-    head.each([&](int item, int) { accumulate(x[item]); });
+    head.each([&](int item, int) { accumulate(x[item], sums); });
 #pragma unroll 1
     for (int64_t begin = step; !kWhole && begin < p.width; begin += step) {
       const Part part(begin, end);
       Pack<T, kVec> more[kItems];
       load_input(p, row, part, more);
       T* to = kept + (part.first - step);
+      float chunk[2] = {};  // sums of their own: long ones round more
       part.each([&](int item, int j) {
-        accumulate(more[item]);
+        accumulate(more[item], chunk);
         if (keep) store_pack(to + j, more[item]);
       });
+      for (int i = 0; i < 2; ++i) sums[i] += chunk[i];
     }
     row_sums(sums, scratch);
     const float shift = sums[0] / float(p.width);
