@@ -48,19 +48,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 PASSED = pytest.StashKey[set[str]]()  # before this run
+LEFT_OUT = pytest.StashKey[bool]()  # some of them were, in this process
 
 
 class Passed:
-    """Notes the tests that passed. A run that finds none left to do has succeeded."""
+    """Notes the tests that passed. A run that finds none left to do of those that were asked for has succeeded."""
 
     def __init__(self, file: Path, before: set[str]) -> None:
         self.file, self.before = file, before
+        self.left_out = False  # whether a test was, because it had passed
         file.parent.mkdir(parents=True, exist_ok=True)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """A worker that takes a dead one's place must collect what that one did, whatever has passed since."""
         node.workerinput["passed"] = sorted(self.before)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.left_out |= getattr(node, "workeroutput", {}).get("left_out", False)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.left_out |= session.config.stash.get(LEFT_OUT, False)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
@@ -69,7 +79,7 @@ class Passed:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.before:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.left_out:
             session.exitstatus = pytest.ExitCode.OK
 
 
@@ -82,10 +92,15 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(Passed(file, config.stash[PASSED]))
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if passed := config.stash.get(PASSED, set()):
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
-        items[:] = [item for item in items if item.nodeid not in passed]
+    """After -k and the like."""
+    if passed := [item for item in items if item.nodeid in config.stash.get(PASSED, set())]:
+        config.hook.pytest_deselected(items=passed)
+        items[:] = [item for item in items if item.nodeid not in config.stash[PASSED]]
+        config.stash[LEFT_OUT] = True
+        if (output := getattr(config, "workeroutput", None)) is not None:
+            output["left_out"] = True
 
 
 @pytest.fixture

@@ -47,6 +47,14 @@ def test_a_resumed_run_leaves_out_what_has_passed(tmp_path: Path) -> None:
         assert f" {expected} in" in done.stdout and done.returncode == ("failed" in expected), done.stdout
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_resumed_run_of_no_test_fails(tmp_path: Path, workers: str) -> None:
+    pytest.importorskip("xdist")
+    for word, expected in ("one", 0), ("one", 0), ("three", pytest.ExitCode.NO_TESTS_COLLECTED):
+        done = resume(tmp_path, TESTS, "-k", word, "-n", workers)
+        assert done.returncode == expected, done.stdout
+
+
 def test_another_worker_goes_on_where_one_died(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     done = resume(tmp_path, CRASH, "-n", "1")
