@@ -217,6 +217,12 @@ class Op:
                 f"{self.name}: it writes {written} in place and has no gradient; call it under torch.no_grad(), or "
                 f"pass tensors that do not require one"
             )
+        for i in self._mutated:
+            if args[i].is_neg():  # kernels see memory without its sign, and torch's fallback fails on what is written
+                name = self.argument_names[i]
+                raise RuntimeError(
+                    f"{self.name}: it writes {name} in place, which is a negated view; accepted are others"
+                )
         result = run(*args)
         torch.autograd.graph.increment_version([args[i] for i in self._mutated])
         return result

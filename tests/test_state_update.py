@@ -9,7 +9,8 @@ from torch import Tensor
 
 import dlops
 import dlops.functional as F
-from dlops import _op
+from dlops import _op, backend
+from dlops._op import Op
 from dlops.ops import state_update
 from dlops.testing import Make, samples
 
@@ -34,17 +35,18 @@ def scan_arguments(
     """Arguments of the op, with the optional ones that ``flags`` name; A negative, so that the state decays by e on
     average, whatever dt's magnitude. ``shared``: one dt, A, D and dt_bias per head, as in Mamba-2."""
     real = torch.promote_types(make.dtype, torch.float32)
-    per_head = 1 if "shared" in flags else head_dim
+    shared = "shared" in flags
+    per_head = 1 if shared else head_dim
 
-    def per_channel(*last: int) -> Tensor:
-        return make(nheads, per_head, *last).to(real).expand(nheads, head_dim, *last)
+    def per_channel() -> Tensor:
+        return make(nheads, per_head).to(real).expand(nheads, head_dim)
 
     softplus = "dt_softplus" in flags
     dt = make(batch, nheads, per_head).expand(batch, nheads, head_dim)
     dt = dt if softplus else dt.abs()
     dt_bias = per_channel() if "dt_bias" in flags else None
     dt_bias = dt_bias.abs() if dt_bias is not None and not softplus else dt_bias
-    A = -per_channel(dstate).abs()
+    A = -make(nheads, per_head, 1 if shared else dstate).to(real).abs()
     step = dt.to(real) if dt_bias is None else dt + dt_bias
     step = torch.nn.functional.softplus(step) if softplus else step
     if A.numel() and step.numel():
@@ -54,7 +56,7 @@ def scan_arguments(
     return (
         make(batch, nheads, head_dim),
         dt,
-        A,
+        A.expand(nheads, head_dim, dstate),
         make(batch, groups, dstate),
         make(batch, groups, dstate),
         per_channel() if "D" in flags else None,
@@ -222,20 +224,54 @@ def test_batch_elements_go_on_from_their_own_entries() -> None:
     assert torch.equal(state[[4, 1]], alone) and torch.equal(state[[0, 2, 3]], before[[0, 2, 3]])
 
 
-def test_nothing_beside_a_view_is_written() -> None:
-    """The state may be every other element of a larger tensor."""
-    make = Make(torch.float32)
-    for backend in (None, "torch"):
-        for op in (state_update.selective_state_update, state_update.causal_conv1d_update):
-            args = list(make.samples(op)[0])
-            at = op.argument_names.index(op.mutates[0])
-            big = torch.full([2 * size for size in args[at].shape], 7.0)
-            odd = tuple(slice(1, None, 2) for _ in args[at].shape)
-            args[at] = big[odd].copy_(args[at])
-            with dlops.use_backend(backend):
-                op(*args)
-            assert not (big[odd] == 7).any()
-            assert (big == 7).sum() == big.numel() - args[at].numel()
+OPS = state_update.selective_state_update, state_update.causal_conv1d_update
+
+
+def serving(op: Op, name: str, args: Sequence[Any]) -> Any:
+    """In it ``name`` runs the op; skips the test where it cannot."""
+    if reason := backend.refusal(op, name, args):
+        pytest.skip(reason)
+    return dlops.use_backend(name)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("name", ["torch", "cpu", "cuda", "triton"])
+def test_nothing_beside_a_view_is_written(name: str, op: Op) -> None:
+    """The state may be every other element of a larger tensor; the negative of another is refused."""
+    args = Make(torch.float32).samples(op)[0]
+    at = op.argument_names.index(op.mutates[0])
+    big = torch.full([2 * size for size in args[at].shape], 7.0)
+    part = big[tuple(slice(1, None, 2) for _ in args[at].shape)].copy_(args[at])
+    state = args[at].clone()
+    with serving(op, name, args):
+        for view in (state, part):
+            op(*args[:at], view, *args[at + 1 :])
+        with pytest.raises(RuntimeError, match="which is a negated view"):
+            op(*args[:at], torch.complex(state, state).conj().imag, *args[at + 1 :])
+    assert (big == 7).sum() == big.numel() - state.numel()
+    assert not torch.equal(state, args[at])
+    torch.testing.assert_close(part, state)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_entry_that_is_not_there_is_not_followed(name: str, op: Op) -> None:
+    """The host reads no indices on a GPU: there such a batch element starts from zeros, which are not kept."""
+    at = op.argument_names.index(op.mutates[0])
+    which = next(i for i, argument in enumerate(op.argument_names) if argument.endswith("_indices"))
+    args = next(args for args in Make(torch.float32).samples(op) if args[which] is not None and args[0].shape[0] == 3)
+
+    def run(state: Tensor, indices: Tensor) -> Tensor:
+        return op(*(state if i == at else indices if i == which else a for i, a in enumerate(args)))
+
+    with serving(op, name, args):
+        expected = run(torch.zeros_like(args[at]), args[which])[0]
+        for missing in (-1, args[at].shape[0]):
+            state, indices = args[at].clone(), args[which].clone()
+            indices[0] = missing
+            torch.testing.assert_close(run(state, indices)[0], expected)
+            written = (state != args[at]).flatten(1).any(1).nonzero().flatten()
+            assert written.tolist() == sorted(indices[1:].tolist())
 
 
 def test_autograd_sees_what_is_written() -> None:

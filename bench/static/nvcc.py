@@ -30,10 +30,12 @@ SHARES = {
     "conv1d_backward_kernel": (0.2, 0.9),  # the same; and for the weight's gradient
     "conv1d_final_kernel": (0.0, 0.0),  # few
     "conv1d_initial_kernel": (0.0, 0.0),  # few
+    "conv_update_kernel": (0.0, 0.0),  # a few steps of each channel, in any order
     "scan_kernel": (0.0, 0.0),  # bound by exponentials; elements in the order of either layout
     "scan_backward_kernel": (0.0, 0.0),  # the same
     "scan_chunks_kernel": (0.0, 0.0),  # a state of each chunk
     "scan_ends_kernel": (0.0, 0.0),  # as scan_kernel
+    "scan_update_kernel": (0.45, 0.8),  # B and C of halves beside a float32 state; numbers of the channel
     "skinny_linear_kernel": (1.0, 0.0),  # few outputs, beside the weight
 }
 _KERNEL = re.compile(r"(?:template\s*<([^>]*)>\s*)?__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")

@@ -85,4 +85,18 @@ void Cpu::conv1d_backward(const Tensor&, const Conv1dBackward& params) {
            [&](int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
 }
 
+void Cpu::selective_state_update(const Tensor&, const ScanUpdate& params) {
+  const auto& kernels = DLOPS_KERNELS(state_update_kernels);
+  parallel(params.batch * params.heads * update_blocks(params.channels),
+           kUpdateChannels * std::max<int64_t>(1, params.states),
+           [&](int64_t begin, int64_t end) { kernels.scan(params, begin, end); });
+}
+
+void Cpu::causal_conv1d_update(const Tensor&, const ConvUpdate& params) {
+  const auto& kernels = DLOPS_KERNELS(state_update_kernels);
+  parallel(params.batch * update_blocks(params.channels),
+           kUpdateChannels * (params.steps * params.width + params.state_len),
+           [&](int64_t begin, int64_t end) { kernels.conv(params, begin, end); });
+}
+
 }  // namespace dlops

@@ -10,6 +10,7 @@
 #include "cpu/column_sum.h"
 #include "cpu/conv1d.h"
 #include "cpu/norm.h"
+#include "cpu/state_update.h"
 
 namespace dlops {
 
@@ -36,9 +37,10 @@ void parallel(int64_t tasks, int64_t elements, const F& f) {
     torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)), f);
 }
 
-// The CPU as bind/norm.h, bind/activation.h and bind/conv1d.h see it.
+// The CPU as bind/norm.h, bind/activation.h, bind/conv1d.h and bind/state_update.h see it.
 struct Cpu {
   static constexpr DeviceType kType = DeviceType::CPU;
+  static constexpr bool kReadable = true;
   static constexpr int64_t kStreamBytes = 16 << 20;
 
   struct Guard {
@@ -61,6 +63,9 @@ struct Cpu {
   static int64_t conv1d_scratch(const Conv1dBackward&) { return 0; }
   static void conv1d_forward(const Tensor&, const Conv1dForward& params);
   static void conv1d_backward(const Tensor&, const Conv1dBackward& params);
+
+  static void selective_state_update(const Tensor&, const ScanUpdate& params);
+  static void causal_conv1d_update(const Tensor&, const ConvUpdate& params);
 
   // One kernel of activation_kernels over all tasks.
   static void run(const ActivationPass& params, void (*kernel)(const ActivationPass&, int64_t, int64_t));

@@ -1,4 +1,4 @@
-// The GPU as bind/norm.h, bind/activation.h and bind/conv1d.h see it.
+// The GPU as bind/norm.h, bind/activation.h, bind/conv1d.h and bind/state_update.h see it.
 #pragma once
 
 #include "bind/cuda.h"
@@ -6,11 +6,13 @@
 #include "cuda/column_sum.h"
 #include "cuda/conv1d.h"
 #include "cuda/norm.h"
+#include "cuda/state_update.h"
 
 namespace dlops {
 
 struct Cuda {
   static constexpr DeviceType kType = kDevice;
+  static constexpr bool kReadable = false;
   static constexpr int64_t kStreamBytes = INT64_MAX;
   using Guard = DeviceGuard;
 
@@ -40,6 +42,13 @@ struct Cuda {
   }
   static void conv1d_backward(const Tensor& x, const Conv1dBackward& params) {
     check_launch("conv1d_backward", cuda::conv1d_backward(params, current_stream(x)));
+  }
+
+  static void selective_state_update(const Tensor& x, const ScanUpdate& params) {
+    check_launch("selective_state_update", cuda::selective_state_update(params, current_stream(x)));
+  }
+  static void causal_conv1d_update(const Tensor& x, const ConvUpdate& params) {
+    check_launch("causal_conv1d_update", cuda::causal_conv1d_update(params, current_stream(x)));
   }
 };
 

@@ -1,5 +1,5 @@
-// Decoding steps on the host. A task is a block of channels of one batch element (and head); what is one number per
-// channel is computed for kLanes channels at once, the scan's states of each channel by themselves.
+// Decoding steps on the host. What is one number per channel is computed for kLanes channels at once, the scan's states
+// of each channel by themselves.
 #include "cpu/state_update.h"
 
 #include "cpu/lanes.h"
@@ -7,11 +7,6 @@
 namespace dlops {
 inline namespace DLOPS_ISA {
 namespace {
-
-template <class T, class Pointer>
-T* at(const Strided<Pointer>& x, int64_t i, int64_t j, int64_t k) {
-  return (T*)x.data + i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
-}
 
 template <class T>
 vfloat load_channels(const T* p, int64_t stride, int lanes) {
@@ -44,10 +39,22 @@ float advance(const float* A, H* state, float step, float input, const float* B,
   return horizontal_sum(sum);
 }
 
+// The same of states that are `stride` apart.
+template <class H, bool kSameA>
+float advance_apart(const float* A, H* state, int64_t stride, float step, float input, const float* B, const float* C,
+                    int64_t states) {
+  H adjacent[kUpdateStates];
+  for (int64_t n = 0; n < states; ++n) adjacent[n] = state[n * stride];
+  const float sum = advance<H, kSameA>(A, adjacent, step, input, B, C, states);
+  for (int64_t n = 0; n < states; ++n) state[n * stride] = adjacent[n];
+  return sum;
+}
+
 template <class T, class H, bool kSameA>
 void scan_task(const ScanUpdate& p, int64_t task) {
-  const int64_t first = task % p.blocks() * kUpdateChannels, head = task / p.blocks() % p.heads;
-  const int64_t batch = task / p.blocks() / p.heads, entry = p.indices ? p.indices[batch] : batch;
+  const int64_t blocks = update_blocks(p.channels), first = task % blocks * kUpdateChannels;
+  const int64_t head = task / blocks % p.heads, batch = task / blocks / p.heads;
+  const int64_t entry = p.indices ? p.indices[batch] : batch;
   const int64_t last = first + kUpdateChannels < p.channels ? first + kUpdateChannels : p.channels;
   alignas(64) float B[kUpdateStates], C[kUpdateStates];
   stage<T>(p.B, batch, head / (p.heads / p.groups), p.states, B);
@@ -60,10 +67,14 @@ void scan_task(const ScanUpdate& p, int64_t task) {
     if (p.dt_softplus) step = softplus(step);
     const vfloat input = step * x;
     alignas(64) float sums[kLanes]{};
-    for (int lane = 0; lane < lanes; ++lane)
-      sums[lane] =
-          advance<H, kSameA>(at<const float>(p.A, head, channel + lane, 0), at<H>(p.state, entry, head, channel + lane),
-                             step[lane], input[lane], B, C, p.states);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const float* A = at<const float>(p.A, head, channel + lane, 0);
+      H* state = at<H>(p.state, entry, head, channel + lane);
+      if (p.state.stride[3] == 1)
+        sums[lane] = advance<H, kSameA>(A, state, step[lane], input[lane], B, C, p.states);
+      else
+        sums[lane] = advance_apart<H, kSameA>(A, state, p.state.stride[3], step[lane], input[lane], B, C, p.states);
+    }
     vfloat y = load(sums, Full{});
     if (p.D.data) y += load_channels(at<const float>(p.D, 0, head, channel), p.D.stride[2], lanes) * x;
     if (p.z.data) {
@@ -85,8 +96,8 @@ float element(const void* p, Dtype dtype, int64_t i) {
 
 template <class T>
 void conv_task(const ConvUpdate& p, int64_t task) {
-  const int64_t batch = task / p.blocks(), entry = p.indices ? p.indices[batch] : batch;
-  const int64_t first = task % p.blocks() * kUpdateChannels;
+  const int64_t blocks = update_blocks(p.channels), batch = task / blocks, first = task % blocks * kUpdateChannels;
+  const int64_t entry = p.indices ? p.indices[batch] : batch;
   const int64_t count = first + kUpdateChannels < p.channels ? kUpdateChannels : p.channels - first;
   const int64_t length = p.state_len, oldest = p.seen && length ? (p.seen[batch] % length + length) % length : 0;
   const auto slot = [&](int64_t i) {  // where the i-th oldest step is, and the one that takes its place

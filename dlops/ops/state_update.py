@@ -184,9 +184,10 @@ def causal_conv1d_update(
 
 
 def _rule(*args: Any) -> Sequence[str]:
-    return ("cpu", "torch") if args[0].is_cpu else ("torch",)
+    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "torch")
 
 
 for _op in (selective_state_update, causal_conv1d_update):
     _op.rule = _rule
-    _op.implement("cpu")
+    for _name in ("cpu", "cuda"):
+        _op.implement(_name)
