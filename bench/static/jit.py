@@ -32,6 +32,7 @@ SMS = 132
 SHARES = {
     r"conv_kernel .*\bfinal\b|dx_kernel .*\binitial\b": (0.0, 0.0),  # states: few
     r"(conv|dpre|dx)_kernel .*\bstride_[gx]t=1\b": (0.0, 1.0),  # taps are steps apart: among adjacent steps unaligned
+    r"conv_update_kernel ": (0.0, 0.0),  # a few steps of each channel, of any number
     r"linear_scan_backward_kernel .*\bstride_al=1\b": (0.25, 1.0),  # the steps next to those of a tile are unaligned
     r"(conv|dpre|dx)_kernel ": (0.35, 1.0),  # as much code for states, where steps are adjacent, as for steps
 }

@@ -184,10 +184,10 @@ def causal_conv1d_update(
 
 
 def _rule(*args: Any) -> Sequence[str]:
-    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "torch")
+    return ("cpu", "torch") if args[0].is_cpu else ("cuda", "triton", "torch")
 
 
 for _op in (selective_state_update, causal_conv1d_update):
     _op.rule = _rule
-    for _name in ("cpu", "cuda"):
+    for _name in ("cpu", "cuda", "triton"):
         _op.implement(_name)
