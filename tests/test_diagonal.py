@@ -143,12 +143,23 @@ def test_layers_equal_plain(layer: str, name: str | None, dtype: torch.dtype) ->
         assert max(error_ratio(y, yd, y64)) <= RATIO
 
 
-def test_s4d_decoding_equals_the_parallel_form_step_by_step() -> None:
-    layer = models.S4D(6, 8)
+@pytest.mark.parametrize("layer", ["S4D", "S5"])
+def test_decoding_equals_the_parallel_form_step_by_step(layer: str) -> None:
+    ours, theirs = getattr(models, layer)(6, 8), getattr(plain, layer)(6, 8)
+    theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 40, 6)
+    state = ours.initial_state(2)
+    steps = torch.stack([ours.step(x[:, t], state) for t in range(40)], 1)
+    parallel, exactly = (model(x).detach() for model, x in ((theirs, x), (copy.deepcopy(theirs).double(), x.double())))
+    assert max(error_ratio(steps, parallel, exactly)) <= RATIO
+
+
+def test_a_bidirectional_layer_does_not_decode() -> None:
+    layer = models.S5(6, 8, bidirectional=True)
     state = layer.initial_state(2)
-    steps = torch.stack([layer.step(x[:, t], state) for t in range(40)], 1)
-    torch.testing.assert_close(steps, layer(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="a step depends on later ones"):
+        layer.step(torch.randn(2, 6), state)
+    assert not state.any()
 
 
 @pytest.mark.parametrize(

@@ -47,19 +47,43 @@ class S5(nn.Module):
         nn.init.normal_(self.D)
 
     def forward(self, x: Tensor) -> Tensor:
-        A, dt, B, C = self._system()
-        transition = torch.exp(dt * A)
-        inputs = ((transition - 1) / A)[:, None] * B
-        # Real inputs: two real products in place of a complex one.
-        parts = x.to(dt.dtype) @ torch.cat([inputs.real, inputs.imag]).mT
-        states = F.diagonal_scan(transition, torch.complex(*parts.chunk(2, 2)).mT, bidirectional=self.bidirectional).mT
-        y = 2 * torch.cat([states.real, states.imag], 2) @ torch.cat([C.real, -C.imag], 1).mT
-        y = F.gelu((y + self.D.to(y.dtype) * x.to(y.dtype)).to(x.dtype))
-        return y * torch.sigmoid(self.gate(y))
+        transition, B, C = self._system()
+        inputs = self._inputs(x, B).mT
+        return self._outputs(F.diagonal_scan(transition, inputs, bidirectional=self.bidirectional).mT, x, C)
 
-    def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, dt, B and C, in float32 or more."""
+    def initial_state(self, batch: int) -> Tensor:
+        """The state before the first step: (batch, d_state / 2), complex."""
+        transition = self._system()[0]
+        return transition.new_zeros(batch, *transition.shape)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: Tensor) -> Tensor:
+        """One step: x (batch, d_model), after the steps that ``state`` has seen; it is advanced in place.
+
+        Raises:
+            RuntimeError: the layer is bidirectional: its output depends on later steps.
+        """
+        if self.bidirectional:
+            raise RuntimeError("S5.step: the layer is bidirectional, so a step depends on later ones; call the layer")
+        transition, B, C = self._system()
+        state.mul_(transition).add_(self._inputs(x, B))
+        return self._outputs(state, x, C)
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transition, B and C of the discrete system, in float32 or more."""
         dtype = torch.promote_types(self.D.dtype, torch.float32)
         A = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
         B, C = (torch.view_as_complex(t.to(dtype)) for t in (self.B, self.C))
-        return A, self.log_dt.to(dtype).exp(), B, C
+        transition = torch.exp(self.log_dt.to(dtype).exp() * A)
+        return transition, ((transition - 1) / A)[:, None] * B, C
+
+    @staticmethod
+    def _inputs(x: Tensor, B: Tensor) -> Tensor:
+        """B x for each step; x is real, so two real products serve."""
+        parts = x.to(B.real.dtype) @ torch.cat([B.real, B.imag]).mT
+        return torch.complex(*parts.chunk(2, -1))
+
+    def _outputs(self, states: Tensor, x: Tensor, C: Tensor) -> Tensor:
+        y = 2 * torch.cat([states.real, states.imag], -1) @ torch.cat([C.real, -C.imag], 1).mT
+        y = F.gelu((y + self.D.to(y.dtype) * x.to(y.dtype)).to(x.dtype))
+        return y * torch.sigmoid(self.gate(y))
