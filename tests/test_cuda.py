@@ -11,7 +11,7 @@ from torch import Tensor
 import dlops
 from dlops import backend, testing
 from dlops._op import Op
-from dlops.ops import linear, norm
+from dlops.ops import linear, norm, scan
 from dlops.testing import Make
 
 pytestmark = pytest.mark.skipif(backend.missing("cuda") is not None, reason=str(backend.missing("cuda")))
@@ -247,3 +247,29 @@ def test_neither_order_nor_poison_matters(device: str) -> None:
         finally:
             simt.configure(**before)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [0, 3, 5], [0, 5, 3], [2, 8], [3, 5, 8], [0, 900], [-7, 8]])
+def test_scan_stays_within_bounds_that_do_not_fit(bounds: list[int], device: str) -> None:
+    """They cannot be checked on a GPU without waiting for it: what lies behind them is taken for no bound."""
+    make = Make(torch.float32, device, "normal")
+    u, B, sequences = make(1, 3, 8), make(1, 1, 2, 8), len(bounds) - 1
+    A, state = -make(3, 2).abs(), make(sequences, 3, 2)
+    memory = torch.tensor([5, *bounds, 6, 7], dtype=torch.int32, device=device)
+    others = torch.tensor([0, *bounds, 8, 2], dtype=torch.int32, device=device)
+    found = []
+    for cu_seqlens in (memory[1:-2], others[1:-2]):
+        inputs = u, u.abs(), A, B, B, None, None, None, state, cu_seqlens
+        with dlops.use_backend("cuda"):
+            y, _, saved = scan.selective_scan(*inputs, False, True)
+            gradients = scan.selective_scan_backward(y, *inputs, state, saved, False, [True] * 9)
+        found.append((y, *gradients[:5]))
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
+
+
+def test_scan_without_channels(device: str) -> None:
+    u, A, B = (torch.zeros(size, device=device, requires_grad=True) for size in ((1, 0, 4), (0, 3), (1, 3, 4)))
+    with dlops.use_backend("cuda"):
+        dlops.functional.selective_scan(u, u, A, B, B).sum().backward()
+    assert B.grad is not None and torch.equal(B.grad, torch.zeros(1, 3, 4, device=device))

@@ -58,6 +58,7 @@ Scan scan_of(Held& held, const ScanArguments& a) {
     check(p.batch == 1, "u: expected batch 1 with cu_seqlens, got ", a.u);
     p.cu_seqlens = bounds(held, *a.cu_seqlens, p.steps, kType, kHost);
     p.sequences = a.cu_seqlens->size(0) - 1;
+    check(p.sequences > 0 || p.steps == 0, "cu_seqlens: expected at least one sequence for ", p.steps, " steps");
   }
   p.initial_state = parameter(held, "initial_state", a.initial_state, state, {p.sequences, p.dim, p.states}, kType);
   p.chunk = 64 * std::max<int64_t>(1, ceil_div(p.states, 16));  // dlops.ops.scan.chunk_length

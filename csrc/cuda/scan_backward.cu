@@ -302,7 +302,7 @@ ScanPlan scan_backward_plan(const Scan& p) {
   if (!p.B.varies && !p.C.varies) return plan_of(p, channels);
   // The sums over blocks of dB and dC take no more memory than u, or four times the gradient where that is more.
   const int64_t most = std::max<int64_t>(4, p.dim / std::max<int64_t>(1, p.groups * p.states));
-  return plan_of(p, ceil_div(ceil_div(p.dim / p.groups, channels), most) * channels);
+  return plan_of(p, std::max<int64_t>(1, ceil_div(ceil_div(p.dim / p.groups, channels), most)) * channels);
 }
 
 int64_t scan_backward_states(const Scan& p, const ScanPlan& plan) {

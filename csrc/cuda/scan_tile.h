@@ -153,13 +153,15 @@ __device__ __forceinline__ float sum_lanes(float x) {
   return warp_sum(x, Shape::kLanes);
 }
 
-// The sequence that a step belongs to; of several that begin there the one that is not empty.
+// The sequence that a step belongs to; of several that begin there the one that is not empty. The bounds' values are
+// not to be trusted: where they end too early or begin too late, the last or the first sequence takes the steps.
 struct ScanSequence {
   const int32_t* bounds;
+  int64_t count, steps;
   int64_t index, begin, end;
 
   __device__ ScanSequence(const Scan& p, int64_t batch, int64_t step)
-      : bounds(p.cu_seqlens), index(batch), begin(0), end(p.steps) {
+      : bounds(p.cu_seqlens), count(p.sequences), steps(p.steps), index(batch), begin(0), end(p.steps) {
     if (!bounds) return;
     int64_t low = 0, high = p.sequences;  // bounds[low] <= step < bounds[high]
     while (high - low > 1) {
@@ -174,12 +176,18 @@ struct ScanSequence {
     begin = bounds[i], end = bounds[i + 1];
   }
   __device__ void next() {
-    do set(index + 1);
-    while (end == begin);
+    while (index + 1 < count) {
+      set(index + 1);
+      if (end > begin) return;
+    }
+    end = steps;
   }
   __device__ void previous() {
-    do set(index - 1);
-    while (end == begin);
+    while (index > 0) {
+      set(index - 1);
+      if (end > begin) return;
+    }
+    begin = 0;
   }
 };
 
