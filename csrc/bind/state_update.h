@@ -102,6 +102,8 @@ class StateUpdateOps {
     p.batch = x.size(0), p.channels = x.size(1), p.steps = x.size(2), p.width = weight.size(1);
     p.dilation = dilation, p.silu = activation == "silu";
     p.x = strided(x.const_data_ptr(), x);
+    check(p.weight_dtype == p.dtype || p.weight_dtype == Dtype::kFloat32, "weight: expected float32 or x's dtype, got ",
+          weight);
     check_exact("weight", weight, weight.scalar_type(), {p.channels, p.width}, Device::kType);
     p.weight = strided(weight.const_data_ptr(), weight, 1);
     if (bias) {

@@ -94,7 +94,7 @@ float element(const void* p, Dtype dtype, int64_t i) {
   }
 }
 
-template <class T>
+template <class T, class W>
 void conv_task(const ConvUpdate& p, int64_t task) {
   const int64_t blocks = update_blocks(p.channels), batch = task / blocks, first = task % blocks * kUpdateChannels;
   const int64_t entry = p.indices ? p.indices[batch] : batch;
@@ -106,17 +106,15 @@ void conv_task(const ConvUpdate& p, int64_t task) {
   };
   alignas(64) float sums[kUpdateChannels];
   for (int64_t t = 0; t < p.steps; ++t) {
-    for (int64_t c = 0; c < count; ++c) {
-      const T* x = at<const T>(p.x, batch, first + c, 0);
-      const T* state = at<const T>(p.state, entry, first + c, 0);
-      float sum = p.bias ? element(p.bias, p.bias_dtype, first + c) : 0;
-      for (int64_t tap = 0; tap < p.width; ++tap) {
-        const int64_t seen = t - (p.width - 1 - tap) * p.dilation;
-        const T value = seen < 0 ? state[slot(length + seen) * p.state.stride[2]] : x[seen * p.x.stride[2]];
-        const int64_t weight = (first + c) * p.weight.stride[1] + tap * p.weight.stride[2];
-        sum += to_float(value) * element(p.weight.data, p.weight_dtype, weight);
-      }
-      sums[c] = sum;
+    for (int64_t c = 0; c < count; ++c) sums[c] = p.bias ? element(p.bias, p.bias_dtype, first + c) : 0;
+    for (int64_t tap = 0; tap < p.width; ++tap) {
+      const int64_t seen = t - (p.width - 1 - tap) * p.dilation;
+      const T* value =
+          seen < 0 ? at<const T>(p.state, entry, first, slot(length + seen)) : at<const T>(p.x, batch, first, seen);
+      const int64_t value_stride = seen < 0 ? p.state.stride[1] : p.x.stride[1], weight_stride = p.weight.stride[1];
+      const W* weight = at<const W>(p.weight, 0, first, tap);
+      for (int64_t c = 0; c < count; ++c)
+        sums[c] += to_float(value[c * value_stride]) * to_float(weight[c * weight_stride]);
     }
     if (p.silu)
       for_lanes(count, [&](int64_t c, auto part) DLOPS_INLINE {
@@ -157,13 +155,17 @@ void selective_state_update(const ScanUpdate& p, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void conv_typed(const ConvUpdate& p, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task)
+    p.weight_dtype == p.dtype ? conv_task<T, T>(p, task) : conv_task<T, float>(p, task);
+}
+
 void causal_conv1d_update(const ConvUpdate& p, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    switch (p.dtype) {
-      case Dtype::kFloat32: conv_task<float>(p, task); break;
-      case Dtype::kBFloat16: conv_task<bfloat16>(p, task); break;
-      case Dtype::kFloat16: conv_task<float16>(p, task); break;
-    }
+  switch (p.dtype) {
+    case Dtype::kFloat32: return conv_typed<float>(p, begin, end);
+    case Dtype::kBFloat16: return conv_typed<bfloat16>(p, begin, end);
+    case Dtype::kFloat16: return conv_typed<float16>(p, begin, end);
   }
 }
 
