@@ -88,6 +88,14 @@ def causal_conv1d_backward_samples(make: Make) -> Iterator[tuple[Any, ...]]:
                 yield make(2, 5, 9), *args[:2], bias, states, None, None, None, activation, dilation, alone
 
 
+def test_weight_and_bias_of_two_dtypes(device: str) -> None:
+    make = Make(torch.bfloat16, device, "normal")
+    x, weight, bias = make(2, 5, 9), make(5, 4), make(5)
+    expected = F.causal_conv1d(x, weight.float(), bias.float())
+    assert torch.equal(F.causal_conv1d(x, weight.float(), bias), expected)
+    assert torch.equal(F.causal_conv1d(x, weight, bias.float()), expected)
+
+
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
     """torch's conv1d over the states and x, and the states that follow."""
     joined = torch.cat([states, x], 2)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dlops._op import acc
 from dlops.functional._packed import check_cu_seqlens
 from dlops.ops.conv1d import causal_conv1d as causal_conv1d_op
 
@@ -53,6 +54,8 @@ def causal_conv1d(
         check_cu_seqlens("causal_conv1d", cu_seqlens, x.shape[-1])
     if activation not in ACTIVATIONS:
         raise ValueError(f"causal_conv1d: activation is {activation!r}, accepted are None, 'silu' and 'swish'")
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = acc(weight), acc(bias)
     y, final_states = causal_conv1d_op(
         x,
         weight,

@@ -57,6 +57,7 @@ def _check(
     batch, dim, seqlen = x.shape
     kind, sequences = arguments.sequences(batch, cu_seqlens)
     states = sequences, dim, reach(weight, dilation)
+    arguments.check("bias", bias, weight.dtype, ("(dim,)", (dim,)))
     arguments.check("seq_idx", seq_idx, torch.int32, ("(batch, seqlen)", (batch, seqlen)))
     arguments.check("initial_states", initial_states, x.dtype, (f"({kind}, dim, (width - 1) * dilation)", states))
 
