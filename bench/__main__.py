@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             console.print("interrupted; what was compiled is kept")
             return 130
+    if args.chip:
+        p.error("--chip is for --static")
     try:
         cases = select(args.names)
     except ValueError as error:

@@ -258,6 +258,11 @@ def test_template_arguments():
     parameters = {"forward_kernel": ["T", "kVec", "kLayer"]}
     assert nvcc.describe(name, parameters) == ("forward_kernel", {"T": "float16", "kVec": "8", "kLayer": "true"})
     assert nvcc.describe("dlops::fill_kernel(float*, long)", {}) == ("fill_kernel", {})
+    name = "void dlops::scan_kernel<float, dlops::ScanShape<4, 16, 8>, true>(dlops::Scan)"
+    assert nvcc.describe(name, {"scan_kernel": ["T", "Shape", "kEnds"]}) == (
+        "scan_kernel",
+        {"T": "float", "Shape": "ScanShape<4, 16, 8>", "kEnds": "true"},
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ SHARES = {
 }
 _KERNEL = re.compile(r"(?:template\s*<([^>]*)>\s*)?__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
 _NAME = re.compile(r"(\w+)(?:<(.*)>)?\(")  # of a demangled kernel, and its template arguments
+_COMMA = re.compile(r", (?![^<>]*>)")  # between arguments, not within one such as Shape<4, 8>
 
 
 @cache
@@ -113,7 +114,7 @@ def describe(demangled: str, parameters: dict[str, list[str]]) -> tuple[str, dic
     """(name, template arguments by parameter) of a kernel such as "void a::f<a::half, 8>(a::P)"."""
     found = _NAME.search(demangled.replace("(anonymous namespace)::", ""))
     assert found, demangled
-    arguments = re.sub(r"\w+::|\(\w+\)", "", found[2] or "").split(", ") if found[2] else []
+    arguments = _COMMA.split(re.sub(r"\w+::|\(\w+\)", "", found[2])) if found[2] else []
     return found[1], dict(zip(parameters.get(found[1], map(str, range(9))), arguments, strict=False))
 
 
