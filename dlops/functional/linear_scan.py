@@ -9,7 +9,8 @@ from dlops.ops.linear_scan import linear_scan as linear_scan_op
 
 def linear_scan(a: Tensor, b: Tensor, initial_state: Tensor | None = None, reverse: bool = False) -> Tensor:
     """The linear recurrence h[t] = a[t] h[t-1] + b[t] per channel, elementwise: RG-LRU (De et al., "Griffin", 2024),
-    HGRN (Qin et al., 2023), minGRU and minLSTM (Feng et al., 2024), S5 (Smith et al., 2023).
+    HGRN (Qin et al., 2023), minGRU and minLSTM (Feng et al., 2024), S5 (Smith et al., 2023). A GPU multiplies the
+    factors a of many steps first: where their product overflows, h is NaN there even if it is zero.
 
     Args:
         a, b: (batch, dim, seqlen), or shapes that broadcast to it: (dim, 1) is a factor that is the same at every

@@ -28,7 +28,9 @@ def selective_scan(
         y[t] = (C[t] . h[t] + D u[t]) * silu(z[t])
 
     Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023. The backward recomputes the
-    states between checkpoints, so that it takes no more memory for a larger dstate.
+    states between checkpoints, so that it takes no more memory for a larger dstate. A GPU multiplies the decays of many
+    steps before it applies them: states that grow by more than 3e38 within a chunk of steps, where delta A is positive,
+    become NaN there even if they are zero.
 
     Args:
         u: (batch, dim, seqlen), float32, bfloat16, float16 or float64, in any strides; a transposed
