@@ -89,6 +89,8 @@ def gate_kernels(args: argparse.Namespace, console: Console) -> int:
     """--static: prints and keeps the rows; 1 if a gate failed."""
     if args.json == Path():
         raise ValueError("--static --json needs a file")
+    if args.json and args.json.exists() and not static.saved(args.json):
+        raise ValueError(f"{args.json} holds something else, which --static would replace")
     with progress_bar(console) as progress:
         task = progress.add_task("finding the kernels", total=None)
         found = check(

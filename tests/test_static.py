@@ -206,6 +206,14 @@ def test_every_kernel(tmp_path):
             assert [word for word in MATRIX if word in notes] == [word for word in (expected,) if word]
 
 
+def test_command_keeps_measured_results(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text('{"machine": {}, "rows": []}')
+    done = gates("--json", str(file))
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert file.read_text() == '{"machine": {}, "rows": []}'
+
+
 @needs_triton
 def test_command_rejects_unknown_names(tmp_path):
     done = gates("norm", "no_such_kernel", CUDA_HOME=str(tmp_path), MAX_JOBS="1")

@@ -45,6 +45,12 @@ def show(report: Report, console: Console) -> None:
         console.print(f"{len(failures)} failed", style="bold red")
 
 
+def saved(path: Path) -> bool:
+    """Whether the file is empty or holds rows that :func:`save` wrote."""
+    text = path.read_text()
+    return not text.strip() or text.startswith('[\n{"kernel": ')
+
+
 def save(report: Report, path: Path) -> None:
     """One object per row, one row per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
