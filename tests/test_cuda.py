@@ -268,6 +268,13 @@ def test_scan_stays_within_bounds_that_do_not_fit(bounds: list[int], device: str
         assert one.isfinite().all() and torch.equal(one, other)
 
 
+def test_scan_of_a_block_in_turns(device: str) -> None:
+    """A block of more channels than its threads serve at a time sums dB and dC over all of them."""
+    make = Make(torch.float32, device, "normal")
+    u, B, C = make(1, 24, 5), make(1, 1, 65, 5), make(1, 1, 65, 5)
+    check(scan.selective_scan, u, u.abs(), -make(24, 65).abs(), B, C, None, None, None, None, None, False, True)
+
+
 def test_scan_without_channels(device: str) -> None:
     u, A, B = (torch.zeros(size, device=device, requires_grad=True) for size in ((1, 0, 4), (0, 3), (1, 3, 4)))
     with dlops.use_backend("cuda"):
