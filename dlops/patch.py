@@ -81,9 +81,9 @@ def patch(model: Module) -> Report:
     torch.nn's ``Linear``, ``LayerNorm`` and ``RMSNorm`` become dlops.nn's, exact types only; a linear whose output
     provably goes to one activation module and nowhere else becomes a :class:`dlops.nn.LinearAct`, and the activation an
     identity. The Mamba mixers of Hugging Face's Mamba, Mamba2, FalconMamba and Jamba become those of
-    :mod:`dlops.compat.hugging_face`, for training and for generation from a cache. Nothing but the class of a module
-    changes: parameters, buffers, names, state dict, hooks and optimizers stay; the patched model pickles, copies,
-    compiles and trains as before. Patching twice does nothing more.
+    :mod:`dlops.compat.hugging_face` (transformers 5.21 or newer), for training and for generation from a cache. Nothing
+    but the class of a module changes: parameters, buffers, names, state dict, hooks and optimizers stay; the patched
+    model pickles, copies, compiles and trains as before. Patching twice does nothing more.
 
     The proof holds for the model as it is now and for calls that go through the modules' ``forward``. Until
     :func:`unpatch` a fused linear's own output is already activated, and the activation's settings are fixed: code that

@@ -1,6 +1,7 @@
 """Hugging Face's Mamba models, patched: values, gradients, generation from a cache, and back."""
 
 import copy
+import inspect
 import os
 import pickle
 from typing import Any
@@ -16,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": None}
+# What transformers calls it, from 5.24 on and before.
+CACHE = "cache" if "cache" in inspect.signature(transformers.MambaForCausalLM.forward).parameters else "cache_params"
 MIXERS = {"Mamba": "MambaMixer", "Mamba2": "Mamba2Mixer", "FalconMamba": "FalconMambaMixer", "Jamba": "JambaMambaMixer"}
 
 
@@ -103,8 +106,8 @@ def test_a_cache_goes_on_where_it_was(name: str, pieces: list[int], grad: bool) 
     expected, found, cache = model(tokens).logits, [], None
     with torch.set_grad_enabled(grad):
         for piece in tokens.split(pieces, 1):
-            output = model(piece, cache_params=cache, use_cache=True)
-            cache = output.cache_params
+            output = model(piece, **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             found.append(output.logits)
     assert all(logits.requires_grad == grad for logits in found)
     torch.testing.assert_close(torch.cat(found, 1), expected)
@@ -136,6 +139,24 @@ def test_what_is_left_alone() -> None:
     reasons = {entry.name: entry.reason for entry in patch(model).skipped if entry.kind == "MambaMixer"}
     assert "conv1d has a hook of accelerate" in reasons["backbone.layers.0.mixer"]
     assert reasons["backbone.layers.1.mixer"] == "its dt_proj.weight is a Quantized"
+
+
+@pytest.mark.parametrize("name", ["cache", "cache_params"])
+def test_the_cache_by_either_name(name: str) -> None:
+    model = patched(small("Mamba"))
+    mixer, x = model.backbone.layers[0].mixer, torch.randn(1, 6, 32)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = mixer(x)
+        pieces = [mixer(piece, **{name: cache}) for piece in x.split(2, 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+def test_older_caches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(transformers.Cache, "get_recurrent_state")
+    report = patch(small("Mamba"))
+    reasons = {entry.reason for entry in report.skipped if entry.kind == "MambaMixer"}
+    assert len(reasons) == 1 and "it takes 5.21 or newer" in reasons.pop()
 
 
 def test_packed_sequences_are_the_originals_matter() -> None:

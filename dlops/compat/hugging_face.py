@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import Conv1d, Linear, Module, Parameter
+from transformers.cache_utils import Cache
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
@@ -30,18 +32,26 @@ class _Mixer(Module):
     layer_idx: int
 
     def forward(
-        self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cache_params: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """hidden_states: (batch, seqlen, hidden_size); attention_mask: (batch, seqlen), 0 where there is padding."""
+        """hidden_states: (batch, seqlen, hidden_size); attention_mask: (batch, seqlen), 0 where there is padding;
+        cache_params: what transformers before 5.24 calls the cache."""
+        cache = cache_params if cache is None else cache
         if any(value is not None for value in kwargs.values()):  # packed sequences: the original says what they need
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+            return super().forward(hidden_states, cache, attention_mask, **kwargs)
         seqlen, layer = hidden_states.shape[1], self.layer_idx
         conv_state = ssm_state = None
-        if cache_params is not None:
-            conv_state = cache_params.get_conv_state(layer, state_idx=0)
-            ssm_state = cache_params.get_recurrent_state(layer, state_idx=0)
+        if cache is not None:
+            conv_state = cache.get_conv_state(layer, state_idx=0)
+            ssm_state = cache.get_recurrent_state(layer, state_idx=0)
         step = seqlen == 1 and not torch.is_grad_enabled()  # what advances in place has no gradient
-        recording = cache_params is not None and cache_params.is_recording_past(layer)
+        recording = cache is not None and cache.is_recording_past(layer)
 
         x, *rest = self._projected(_masked(hidden_states, attention_mask))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -49,8 +59,8 @@ class _Mixer(Module):
             u = F.causal_conv1d_update(x.mT, conv_state, weight, bias, self.activation)
         else:
             x = x.mT
-            if cache_params is not None:  # x with what is kept of the steps before it
-                x = cache_params.update_conv_state(x, layer, conv_kernel_size=self.conv_kernel_size)
+            if cache is not None:  # x with what is kept of the steps before it
+                x = cache.update_conv_state(x, layer, conv_kernel_size=self.conv_kernel_size)
             u = F.causal_conv1d(x, weight, bias, self.activation)
             u = u[..., -seqlen:]  # type: ignore[index]
 
@@ -60,8 +70,8 @@ class _Mixer(Module):
             y = self._update(ssm_state, u[:, 0], A, *(t[:, 0] for t in rest))[:, None]
         else:
             y, last_state = self._scan(None if ssm_state is None else ssm_state.to(A.dtype), u, A, *rest)
-            if cache_params is not None:
-                cache_params.update_recurrent_state(last_state, layer)
+            if cache is not None:
+                cache.update_recurrent_state(last_state, layer)
         return self.out_proj(y.to(hidden_states.dtype))
 
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
@@ -79,6 +89,8 @@ class _Mixer(Module):
     @staticmethod
     def obstacle(mixer: Any) -> str | None:
         """Why a mixer that is the original cannot run this forward."""
+        if not hasattr(Cache, "get_recurrent_state"):
+            return f"transformers {transformers.__version__} is here, whose caches are others; it takes 5.21 or newer"
         if mixer.activation not in ("silu", "swish"):
             return f"its activation is {mixer.activation!r}, the kernels have silu"
         for name, child in mixer.named_children():
