@@ -164,14 +164,14 @@ def _forward(x, residual, weight, bias, eps, centred):
         norm_kernel[(triton.cdiv(M, tile.rows),)](
             x, residual, weight, bias, y, total, mean, rstd, M, eps, D, stride_x, stride_residual,
             tile.rows, tile.width,
-            num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
+            num_warps=tile.num_warps, maxnreg=tile.maxnreg, enable_fp_fusion=FP_FUSION,
         )
     else:
         tile = FORWARD_CHUNK
         wide_norm_kernel[(M,)](
             x, residual, weight, bias, y, total, mean, rstd, eps, triton.cdiv(D, tile.width),
             D, stride_x, stride_residual, tile.width,
-            num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
+            num_warps=tile.num_warps, maxnreg=tile.maxnreg, enable_fp_fusion=FP_FUSION,
         )
     # fmt: on
     return y, total, mean, rstd

@@ -165,12 +165,12 @@ def _backward(dy, x, weight, mean, rstd, dsum, want_dx, want_dweight, want_dbias
         backward_stats_kernel[(M,)](
             dy, x, weight, mean, rstd, stats, M, triton.cdiv(D, BACKWARD_STATS.width), D, stride_dy, stride_x,
             BACKWARD_STATS.width,
-            num_warps=BACKWARD_STATS.num_warps, enable_fp_fusion=FP_FUSION,
+            num_warps=BACKWARD_STATS.num_warps, maxnreg=BACKWARD_STATS.maxnreg, enable_fp_fusion=FP_FUSION,
         )
     norm_backward_kernel[(parts, col_tiles)](
         dy, x, weight, mean, rstd, dsum, stats, dx, dweight, dbias, M, tiles, D, stride_dy, stride_x, stride_dsum,
         tile.rows, tile.width, BACKWARD_STAGES,
-        num_warps=tile.num_warps, enable_fp_fusion=FP_FUSION,
+        num_warps=tile.num_warps, maxnreg=tile.maxnreg, enable_fp_fusion=FP_FUSION,
     )
     # fmt: on
     totals = iter(sum_partials(partials, sums, x.dtype) if sums else ())

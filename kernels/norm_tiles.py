@@ -4,12 +4,19 @@ from typing import NamedTuple
 
 import triton
 
+from .runtime import ALL_REGISTERS
+
 
 class Tile(NamedTuple):
     rows: int  # rows of one program
     width: int  # columns of one program, the first power of two that holds D
     num_warps: int
     per_sm: int  # programs for each SM (backward: as many as share the rows)
+
+    @property
+    def maxnreg(self) -> int | None:
+        """All that a thread can have, or the compiler's choice where a block has more threads than that serves."""
+        return ALL_REGISTERS if self.num_warps <= 8 else None
 
 
 # One tile per power of two. 16 to 32 elements a thread keep two to eight 16-byte loads in flight in each.
