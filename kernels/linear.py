@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .activation import ACTIVATIONS, COSTLIEST
 from .linear_backward import gated_linear_backward, linear_act_backward, maxout_linear_backward
 from .linear_tiles import (
-    EPILOGUE_COLUMNS,
+    EPILOGUE_BYTES,
     GROUP_M,
     MAX_BLOCK_K,
     TMA_MIN_ROWS,
@@ -231,7 +231,7 @@ class _Plan:
         if not self.tma:
             return outs
         M, N = self.sizes[:2]
-        cols = min(self.tile.block_n, EPILOGUE_COLUMNS.value)
+        cols = min(self.tile.block_n, EPILOGUE_BYTES.value // self.x.itemsize)
         return [None if out is None else describe(out.view(M, N), self.tile.block_m, cols) for out in outs]
 
 

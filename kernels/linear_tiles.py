@@ -103,7 +103,7 @@ TILES = {
     },
 }
 GROUP_M = 8  # rows of tiles that are walked together, so that they share the weight's columns in the L2 cache
-EPILOGUE_COLUMNS = tl.constexpr(64)  # of a tile, that the epilogue takes at a time
+EPILOGUE_BYTES = tl.constexpr(128)  # of a row of a tile, that the epilogue takes at a time: TMA's widest swizzle
 MAX_POINTER_TILE = 128 * 128  # larger tiles come by TMA only: the addresses of the others fill the registers
 MAX_BLOCK_K = 64  # of the tiles that come by TMA
 TMA_ARCH = 90  # the first with bulk tensor copies

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .linear_tiles import EPILOGUE_COLUMNS
+from .linear_tiles import EPILOGUE_BYTES
 from .runtime import INTERPRETED, rounded
 
 
@@ -54,6 +54,12 @@ def store_tile(dst, value, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         cols = col + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         tl.store(dst + rows[:, None] * N + cols[None, :], rounded(value, dst.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bytes_of(dst, TMA: tl.constexpr):
+    """Of an element of a descriptor's tensor, or of what a pointer points to."""
+    return (dst.dtype if TMA else dst.dtype.element_ty).primitive_bitwidth // 8
 
 
 @triton.jit
@@ -109,7 +115,7 @@ def finish(
 ):
     """linear_act's epilogue: bias, activation, stores (arguments as linear_act_kernel's)."""
     # Part by part: several tiles of results beside the accumulator would not fit the registers.
-    if BLOCK_N > EPILOGUE_COLUMNS:
+    if BLOCK_N * bytes_of(y, TMA) > EPILOGUE_BYTES:
         left, right = split_columns(acc, BLOCK_M, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
         finish(left, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, HALF, TMA)
@@ -142,7 +148,7 @@ def finish_gated(
     TMA: tl.constexpr,
 ):
     """gated_linear's epilogue, in parts as finish's (arguments as gated_linear_kernel's)."""
-    if BLOCK_N > EPILOGUE_COLUMNS:
+    if BLOCK_N * bytes_of(y, TMA) > EPILOGUE_BYTES:
         gate0, gate1 = split_columns(acc_gate, BLOCK_M, BLOCK_N)
         up0, up1 = split_columns(acc_up, BLOCK_M, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from dlops.kernels import linear as kernels
-from dlops.kernels.linear_tiles import EPILOGUE_COLUMNS, GROUP_M, Tile
+from dlops.kernels.linear_tiles import EPILOGUE_BYTES, GROUP_M, Tile
 from dlops.kernels.reduction import BLOCK_N, BLOCK_P, sum_partials
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from dlops.testing.guard import poison
 pytestmark = pytest.mark.skipif(backend.missing("triton") is not None, reason=str(backend.missing("triton")))
 
 NARROW = Tile(16, 16, 16, 4, 2, 1)
-WIDE = NARROW._replace(block_n=2 * EPILOGUE_COLUMNS.value)  # the epilogues take it half at a time
+WIDE = NARROW._replace(block_n=EPILOGUE_BYTES.value)  # the epilogues take it half at a time, of float32 a quarter
 ROWS = NARROW.block_m * GROUP_M + 1  # one row of tiles more than a group, with one row in it
 
 
@@ -47,8 +47,9 @@ def test_linear_of_many_tiles(dtype: torch.dtype, tma: bool, device: str) -> Non
 
 
 @pytest.mark.parametrize("tma", [False, True])
-def test_linear_of_wide_tiles(tma: bool, device: str) -> None:
-    make = Make(torch.float16, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_linear_of_wide_tiles(dtype: torch.dtype, tma: bool, device: str) -> None:
+    make = Make(dtype, device)
     for N in (WIDE.block_n - 8, WIDE.block_n + 8):
         x, weight, bias, up, bias_up = make(17, 32), make(N, 32), make(N), make(N, 32), make(N)
         args = [x, weight, bias, "gelu", [], True]
