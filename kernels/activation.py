@@ -110,7 +110,7 @@ def activate(x, p0, p1, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "softplus", "unknown activation")
         t = x * p0
-        soft = (tl.maximum(t, 0.0) + log1p_of_fraction(exp(-tl.abs(t)))) * (1.0 / p0)
+        soft = (tl.maximum(t, 0.0) + log1p_of_fraction(exp(-tl.abs(t)))) / p0
         return tl.where(t > p1, x, soft)
 
 
