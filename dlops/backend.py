@@ -31,7 +31,12 @@ if (_simt := os.environ.get("DLOPS_SIMT", "")) not in ("", "0", "1"):
     raise ValueError(f"DLOPS_SIMT: got {_simt!r}, accepted are 0 and 1")
 _simt_forced = _simt == "1"
 _forced: ContextVar[str | None] = ContextVar("dlops_backend", default=_default)
-forced = _forced.get
+_latest = _default  # as _forced, but of whichever context was last: for a compiler that cannot trace that
+forced: Callable[[], str | None] = _forced.get
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14):
+
+    def forced() -> str | None:
+        return _latest if torch.compiler.is_compiling() else _forced.get()
 
 
 @contextlib.contextmanager
@@ -47,10 +52,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: ``name`` is not a backend.
     """
-    token = _forced.set(_checked(name))
+    global _latest
+    token, before = _forced.set(_checked(name)), _latest
+    _latest = name
     try:
         yield
     finally:
+        _latest = before
         _forced.reset(token)
 
 

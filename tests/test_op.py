@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import dlops
+import dlops.functional as F
 from dlops import _op, backend
 from dlops.ops.norm import rms_norm
 
@@ -44,6 +45,24 @@ def test_transforms_are_explained() -> None:
         said = dlops.explain(torch.func.vmap(lambda row: rms_norm(row, None, 1e-6)[0]), x)
     (decision,) = said.decisions
     assert decision.backend == "torch" and "torch.func" in decision.reason
+
+
+def test_one_graph_for_each_forced_backend() -> None:
+    """However old torch's compiler is."""
+    targets: list[Any] = []
+
+    def record(module: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        targets.append([node.target for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(F.linear, backend=record, fullgraph=True)
+    args = torch.randn(3, 8), torch.randn(4, 8)
+    compiled(*args)
+    with dlops.use_backend("vendor"):
+        compiled(*args)
+    compiled(*args)
+    assert len(targets) == 2 and torch.ops.dlops.linear_act.default in targets[1]
 
 
 def test_few_calls_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
