@@ -57,12 +57,6 @@ def store_tile(dst, value, row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def bytes_of(dst, TMA: tl.constexpr):
-    """Of an element of a descriptor's tensor, or of what a pointer points to."""
-    return (dst.dtype if TMA else dst.dtype.element_ty).primitive_bitwidth // 8
-
-
-@triton.jit
 def split_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of the tile (BLOCK_M, BLOCK_N)."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -115,7 +109,8 @@ def finish(
 ):
     """linear_act's epilogue: bias, activation, stores (arguments as linear_act_kernel's)."""
     # Part by part: several tiles of results beside the accumulator would not fit the registers.
-    if BLOCK_N * bytes_of(y, TMA) > EPILOGUE_BYTES:
+    BITS: tl.constexpr = y.dtype.primitive_bitwidth if TMA else y.dtype.element_ty.primitive_bitwidth
+    if BLOCK_N * BITS > 8 * EPILOGUE_BYTES:
         left, right = split_columns(acc, BLOCK_M, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
         finish(left, bias, y, pre, row, col, M, N, p0, p1, ACTIVATION, BLOCK_M, HALF, TMA)
@@ -148,7 +143,8 @@ def finish_gated(
     TMA: tl.constexpr,
 ):
     """gated_linear's epilogue, in parts as finish's (arguments as gated_linear_kernel's)."""
-    if BLOCK_N * bytes_of(y, TMA) > EPILOGUE_BYTES:
+    BITS: tl.constexpr = y.dtype.primitive_bitwidth if TMA else y.dtype.element_ty.primitive_bitwidth
+    if BLOCK_N * BITS > 8 * EPILOGUE_BYTES:
         gate0, gate1 = split_columns(acc_gate, BLOCK_M, BLOCK_N)
         up0, up1 = split_columns(acc_up, BLOCK_M, BLOCK_N)
         HALF: tl.constexpr = BLOCK_N // 2
