@@ -255,9 +255,10 @@ ssd_scan.register_autograd(_formula)
 
 
 def _rule(*args: Any) -> Sequence[str]:
-    return ("cpu", "torch") if args[0].is_cpu else ("torch",)
+    return ("cpu", "torch") if args[0].is_cpu else ("triton", "torch")
 
 
 for _op in (ssd_scan, ssd_scan_backward):
     _op.rule = _rule
     _op.implement("cpu")
+    _op.implement("triton")
