@@ -290,6 +290,33 @@ def test_modules() -> None:
         (lambda x, w: F.gated_linear(x, w, w, activation="swiglu"), ValueError, "accepted are none, step"),
         (lambda x, w: F.maxout_linear(x, w, None, 2), ValueError, "num_pieces is 2, accepted are divisors"),
         (lambda x, w: F.maxout_linear(x, w, None, 0), ValueError, "num_pieces is 0"),
+        (lambda x, w: F.linear_act(x, None), TypeError, "weight is of type NoneType, accepted is a Tensor"),
+        (lambda x, w: F.linear_act(x, [[1.0]]), TypeError, "weight is of type list, accepted is a Tensor"),
+        (lambda x, w: F.linear_act(None, w), TypeError, "x is of type NoneType"),
+        (lambda x, w: F.linear_act(x, w, 1.0), TypeError, "bias is of type float, accepted is a Tensor or None"),
+        (
+            lambda x, w: F.linear_act(x, w, activation=["gelu"]),
+            TypeError,
+            r"activation is \['gelu'\], accepted is a str",
+        ),
+        (lambda x, w: F.linear_act(x, w, activation="elu", alpha="1"), TypeError, "alpha is '1', accepted is a number"),
+        (
+            lambda x, w: F.linear_act(x, w, activation="elu", alpha=None),
+            TypeError,
+            "alpha is None, accepted is a number",
+        ),
+        (lambda x, w: F.gated_linear(x, w, None), TypeError, "weight_up is of type NoneType"),
+        (lambda x, w: F.gated_linear(x, w, w, None, 1.0), TypeError, "bias_up is of type float"),
+        (lambda x, w: F.gated_linear(x, w, w.to("meta")), RuntimeError, "weight_up is on meta"),
+        (lambda x, w: F.gated_linear(x, w, w, w[:, 0].to("meta")), RuntimeError, "bias_gate is on meta"),
+        (lambda x, w: F.gated_linear(x, w, w, None, w[:, 0].to("meta")), RuntimeError, "bias_up is on meta"),
+        (lambda x, w: F.gated_linear(x, w, w.half()), RuntimeError, "weight_up has dtype torch.float16"),
+        (lambda x, w: F.gated_linear(x, w, w, None, w[:, 0].half()), RuntimeError, "bias_up has dtype torch.float16"),
+        (lambda x, w: F.maxout_linear(x, None), TypeError, "weight is of type NoneType"),
+        (lambda x, w: F.maxout_linear(x, w[:4], None, "2"), TypeError, "num_pieces is '2', accepted is an int"),
+        (lambda x, w: F.maxout_linear(x, w[:4], None, None), TypeError, "num_pieces is None"),
+        (lambda x, w: F.maxout_linear(x, w[:4], None, 2.0), TypeError, "num_pieces is 2.0"),
+        (lambda x, w: F.maxout_linear(x.repeat(1024, 256), w[:4].repeat(1, 256), None, 2.0), TypeError, "is 2.0"),
         (lambda x, w: dlops.nn.LinearAct(3, 4, activation="swish"), ValueError, "accepted are none"),
         (lambda x, w: dlops.use_backend("cudnn").__enter__(), ValueError, "'cudnn', accepted are 'torch'"),
     ],
@@ -298,6 +325,31 @@ def test_modules() -> None:
 def test_bad_input(name: str | None, call: Any, error: type[Exception], message: str) -> None:
     with dlops.use_backend(name), pytest.raises(error, match=message):
         call(torch.randn(2, 4), torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("rows", [4, 8192])
+@pytest.mark.parametrize("activation", ["step", "sign"])
+def test_the_gradient_of_a_step_is_zero(activation: str, rows: int) -> None:
+    """Whether the op or its composition serves: not missing, as a comparison's is."""
+    x, weight = torch.randn(rows, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    for y in (
+        F.linear_act(x, weight, None, activation),
+        F.gated_linear(x, weight, weight.detach(), None, None, activation),
+    ):
+        dweight = torch.autograd.grad(y.sum(), weight, materialize_grads=False)
+        assert dweight[0].count_nonzero() == 0
+    assert torch.equal(
+        activate(torch.tensor([-1.0, -0.0, 0.0, 2.0, torch.nan]), "step", []), torch.tensor([0.0, 1, 1, 1, 0])
+    )
+
+
+@pytest.mark.parametrize("rows", [4, 8192])
+def test_sparse_weights(rows: int) -> None:
+    """As torch's linear serves them."""
+    x, weight = torch.randn(rows, 16), torch.randn(32, 16).relu()
+    for sparse in (weight.to_sparse(), weight.to_sparse_csr()):
+        torch.testing.assert_close(F.linear_act(x, sparse), F.linear_act(x, weight))
+        torch.testing.assert_close(F.gated_linear(x, sparse, weight), F.gated_linear(x, weight, weight))
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:

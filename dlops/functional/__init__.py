@@ -62,9 +62,13 @@ __all__ = [
 ]
 
 _FLOATS = frozenset(backend.KERNEL_DTYPES)
-# Below this much work (elements; products) torch's own functions beat an op call on a CPU: bench rows small/*.
-_SMALL_NORM = 32768
+# Below this much work (elements; products) torch's own functions beat an op call on a CPU: bench rows small/*, and
+# layer_norm's, which is as fast as torch's within the caches and faster past them.
+_SMALL_NORM = 1 << 20
+_SMALL_ADD_NORM = 32768
 _SMALL_LINEAR = 1 << 21
+# What a wrong argument may raise before it is named.
+_ERRORS = (AttributeError, RuntimeError, TypeError, ValueError)
 
 
 def _a_tensor(x: Any) -> bool:
@@ -73,20 +77,34 @@ def _a_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) and torch._C._get_tracing_state() is None
 
 
+def _check_types(op: str, required: dict[str, Any], **optional: Any) -> None:
+    """Raise TypeError for what is no tensor. Called once something else has failed: it costs no other call time."""
+    for name, value in (required | optional).items():
+        if not isinstance(value, Tensor) and (value is not None or name in required):
+            accepted = "a Tensor" if name in required else "a Tensor or None"
+            raise TypeError(f"{op}: {name} is of type {type(value).__name__}, accepted is {accepted}")
+
+
 def _plain(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:
     """Whether eager torch serves a fused linear function: nothing is forced, there is little work or no kernel, and
-    torch would not broadcast a bias that the op rejects."""
+    torch would not broadcast or promote a bias that the op rejects."""
     if not _a_tensor(x):
         return True
-    if backend.forced() is not None or weight.dim() != 2 or x.dim() == 0 or weight.device != x.device:
+    device, dtype = x.device, x.dtype
+    if backend.forced() is not None or weight.dim() != 2 or x.dim() == 0 or weight.device != device:
         return False
     features = weight.shape[0]
     for bias in biases:
-        if bias is not None and (bias.dim() != 1 or bias.numel() != features):
+        if bias is None:
+            continue
+        if bias.dim() != 1 or bias.numel() != features or bias.dtype != dtype or bias.device != device:
             return False
-    if x.dtype not in _FLOATS:
-        return x.dtype == torch.float64
-    return not torch.compiler.is_compiling() and x.numel() * features < _SMALL_LINEAR
+    if dtype not in _FLOATS:
+        return dtype == torch.float64
+    if torch.compiler.is_compiling():
+        return False
+    # Kernels read neither nested nor sparse tensors.
+    return x.numel() * features < _SMALL_LINEAR or x.is_nested or weight.layout is not torch.strided
 
 
 def _keeps(activation: str, *tensors: Tensor | None) -> bool:
@@ -151,16 +169,17 @@ def linear_act(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: an unknown activation.
-        TypeError: a parameter that the activation does not take.
+        TypeError: what is no tensor or number, or a parameter that the activation does not take.
     """
     values = activation_params("linear_act", activation, params)
-    if _plain(x, weight, bias):
-        try:
+    try:
+        if _plain(x, weight, bias):
             return activate(F.linear(x, weight, bias), activation, values)
-        except RuntimeError:
-            linear_op.check(x, weight, bias, activation, values, False)
-            raise
-    return linear_op(x, weight, bias, activation, values, _keeps(activation, x, weight, bias))[0]
+        return linear_op(x, weight, bias, activation, values, _keeps(activation, x, weight, bias))[0]
+    except _ERRORS:
+        _check_types("linear_act", {"x": x, "weight": weight}, bias=bias)
+        linear_op.check(x, weight, bias, activation, values, False)
+        raise
 
 
 def gated_linear(
@@ -189,15 +208,18 @@ def gated_linear(
     """
     values = activation_params("gated_linear", activation, params)
     inputs = (x, weight_gate, weight_up, bias_gate, bias_up)
-    if (not _a_tensor(x) or weight_gate.shape == weight_up.shape) and _plain(x, weight_gate, bias_gate, bias_up):
-        try:
+    try:
+        alike = not _a_tensor(x) or (weight_gate.shape == weight_up.shape and weight_up.device == weight_gate.device)
+        if alike and _plain(x, weight_gate, bias_gate, bias_up):
             return activate(F.linear(x, weight_gate, bias_gate), activation, values) * F.linear(x, weight_up, bias_up)
-        except RuntimeError:
-            gated_op.check(*inputs, activation, values, False)
-            raise
-    # The gate's own derivative may need only its output, but the product's needs both factors.
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return gated_op(*inputs, activation, values, keep)[0]
+        # The gate's own derivative may need only its output, but the product's needs both factors.
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        return gated_op(*inputs, activation, values, keep)[0]
+    except _ERRORS:
+        weights = {"weight_gate": weight_gate, "weight_up": weight_up}
+        _check_types("gated_linear", {"x": x, **weights}, bias_gate=bias_gate, bias_up=bias_up)
+        gated_op.check(*inputs, activation, values, False)
+        raise
 
 
 def maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, num_pieces: int = 2) -> Tensor:
@@ -214,14 +236,16 @@ def maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, num_pie
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: ``num_pieces`` does not divide weight's rows.
+        TypeError: what is no tensor or int.
     """
-    if num_pieces > 0 and _plain(x, weight, bias):
-        try:
+    try:
+        if num_pieces > 0 and _plain(x, weight, bias):
             return F.linear(x, weight, bias).unflatten(-1, (weight.shape[0] // num_pieces, num_pieces)).max(-1).values
-        except RuntimeError:
-            maxout_op.check(x, weight, bias, num_pieces)
-            raise
-    return maxout_op(x, weight, bias, num_pieces)[0]
+        return maxout_op(x, weight, bias, num_pieces)[0]
+    except _ERRORS:
+        _check_types("maxout_linear", {"x": x, "weight": weight}, bias=bias)
+        maxout_op.check(x, weight, bias, num_pieces)
+        raise
 
 
 # ---- norms ---------------------------------------------------------------------------------------------------------
@@ -248,7 +272,7 @@ def layer_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`: input (..., *normalized_shape), weight and bias normalized_shape."""
     dims = _norm_dims(input, normalized_shape, (weight, bias), eps)
-    if dims == 0 or _small(input):
+    if dims == 0 or _small(input, _SMALL_NORM):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y = layer_norm_op(_flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps)[0]
     return y if dims == 1 else y.view(input.shape)
@@ -308,9 +332,9 @@ def add_layer_norm(
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
 
-def _small(x: Tensor) -> bool:
-    """Whether torch's own layer_norm is faster than an op call, and nothing is forced."""
-    return backend.forced() is None and not torch.compiler.is_compiling() and x.numel() < _SMALL_NORM
+def _small(x: Tensor, size: int) -> bool:
+    """Whether x is too small for an op call to be faster than torch's own layer_norm, and nothing is forced."""
+    return backend.forced() is None and not torch.compiler.is_compiling() and x.numel() < size
 
 
 def _small_row(
@@ -324,7 +348,7 @@ def _small_row(
     """Whether the sum of x and residual is small, and torch rejects what the op does."""
     shape, dtype = x.shape, x.dtype
     return (
-        _small(x)
+        _small(x, _SMALL_ADD_NORM)
         and shape == residual.shape
         and [*shape[-1:]] == [*normalized_shape]
         and dtype in _FLOATS

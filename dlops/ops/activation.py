@@ -11,7 +11,8 @@ aten = torch.ops.aten
 # name: (value(x, *params), derivative(dy, saved, *params)); the parameters are torch's, in PARAMETERS' order.
 _TABLE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "none": (lambda x: x, lambda dy, y: dy),
-    "step": (lambda x: (x >= 0).to(x.dtype), lambda dy, y: torch.zeros_like(dy)),
+    # step's masks, unlike a comparison alone, keep autograd's graph, as sign does: the gradient is zero, not none.
+    "step": (lambda x: x.masked_fill(x >= 0, 1).masked_fill(~(x >= 0), 0), lambda dy, y: torch.zeros_like(dy)),
     "sign": (torch.sign, lambda dy, y: torch.zeros_like(dy)),
     "relu": (F.relu, lambda dy, y: aten.threshold_backward(dy, y, 0)),
     "leaky_relu": (F.leaky_relu, lambda dy, x, slope: aten.leaky_relu_backward(dy, x, slope, False)),
@@ -65,19 +66,23 @@ def activation_params(op: str, activation: str, given: Mapping[str, float]) -> l
 
     Raises:
         ValueError: an unknown activation.
-        TypeError: a keyword that this activation does not take.
+        TypeError: a keyword that this activation does not take, or a value of another type.
     """
-    if not given and activation in _DEFAULTS:
+    if not given and isinstance(activation, str) and activation in _DEFAULTS:
         return _DEFAULTS[activation]
     accepted = _accepted(op, activation)
-    for name in given:
+    for name, value in given.items():
         if name not in accepted:
             takes = f"takes {', '.join(accepted)}" if accepted else "takes no parameters"
             raise TypeError(f"{op}: got an unexpected keyword argument {name!r}; activation {activation!r} {takes}")
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{op}: {name} is {value!r}, accepted is a number")
     return [float(given.get(name, default)) for name, default in accepted.items()]
 
 
 def _accepted(op: str, activation: str) -> Mapping[str, float]:
+    if not isinstance(activation, str):
+        raise TypeError(f"{op}: activation is {activation!r}, accepted is a str")
     if activation not in _TABLE:
         raise ValueError(f"{op}: activation is {activation!r}, accepted are {', '.join(ACTIVATIONS)}")
     return PARAMETERS.get(activation, {})

@@ -77,6 +77,8 @@ def _check_maxout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_pie
     check_tensors("maxout_linear", x, weight=weight, bias=bias)
     _check_weight("maxout_linear", "weight", x, weight)
     check_shape("maxout_linear", "bias", bias, weight.shape[:1])
+    if not hasattr(num_pieces, "__index__"):
+        raise TypeError(f"maxout_linear: num_pieces is {num_pieces!r}, accepted is an int")
     if num_pieces < 1 or weight.shape[0] % num_pieces:
         raise ValueError(
             f"maxout_linear: num_pieces is {num_pieces}, accepted are divisors of weight's {weight.shape[0]} rows"
@@ -166,7 +168,8 @@ def maxout_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, index: Tensor, num_pieces: int, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`maxout_linear`; they flow through the piece that won."""
-    dpre = dy.new_zeros((*dy.shape, num_pieces)).scatter(-1, index[..., None], dy[..., None]).flatten(-2)
+    dpre = dy.new_zeros((*dy.shape, num_pieces)).scatter(-1, index[..., None], dy[..., None])
+    dpre = dpre.reshape(*dy.shape[:-1], weight.shape[0])
     dbias = sum_rows(acc(dpre)).to(x.dtype) if output_mask[2] else x.new_empty(0)
     return *_products(dpre, x, weight, output_mask), dbias
 
