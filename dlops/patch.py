@@ -88,14 +88,19 @@ def patch(model: Module) -> Report:
     The proof holds for the model as it is now and for calls that go through the modules' ``forward``. Until
     :func:`unpatch` a fused linear's own output is already activated, and the activation's settings are fixed: code that
     calls that linear by itself, hooks it or wraps it (LoRA, quantization) would see other values. Modules that carry
-    hooks are therefore never fused; unpatch before adding hooks or adapters, and patch again after.
+    hooks are therefore never fused; unpatch before adding hooks or adapters, and patch again after. A patched model can
+    be traced, compiled and exported; ``torch.jit.script`` does not take it: unpatch first.
 
     Args:
         model: any module; shared submodules are handled once.
 
     Returns:
         what was replaced, and what was skipped and why.
+
+    Raises:
+        TypeError: model is not a module.
     """
+    _check("patch", model)
     prover = Prover(model, lambda m: type(m) in (torch.nn.Linear, nn.Linear), _fusion_obstacle)
     entries, fused = [], {}
     for activation in tuple(prover.candidates()):
@@ -139,9 +144,11 @@ def unpatch(model: Module) -> int:
     Works on copies and unpickled copies of a patched model too. dlops.nn modules that were built as such stay.
 
     Raises:
+        TypeError: model is not a module.
         RuntimeError: something else changed a module's class since (a parametrization, FSDP); undo that first. Nothing
             has been changed then.
     """
+    _check("unpatch", model)
     patched = {name: module for name, module in model.named_modules() if "_dlops_original" in vars(module)}
     for name, module in patched.items():
         if not _swapped_in(type(module)):
@@ -154,6 +161,12 @@ def unpatch(model: Module) -> int:
             del module.activation, module.activation_params
         module.__class__ = vars(module).pop("_dlops_original")
     return len(patched)
+
+
+def _check(function: str, model: object) -> None:
+    if not isinstance(model, Module):
+        received = f"the class {model.__qualname__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"{function}: model must be a torch.nn.Module, an instance; received {received}")
 
 
 def _replacements(model: Module) -> Mapping[type[Module], Any]:
