@@ -4,7 +4,8 @@ A pair is proven when every call of the activation takes the output of such a li
 module and nothing else takes its output. The calls are read off the traced forward of the modules that hold the two, in
 training and evaluation, with and without gradients, and with optional arguments given and left out; a forward that
 decides by what a trace does not see proves nothing. No other module above them may reach past that forward: its
-code does not name them, or its own trace does not call them.
+code does not name them, or its own trace does not call them. And nothing that a forward uses besides the submodules
+(an object, a closure, a global) may lead to them.
 """
 
 import contextlib
@@ -13,18 +14,19 @@ import dis
 import gc
 import inspect
 import itertools
+import pickle
 import random
 import sys
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
-from typing import NoReturn
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
-from torch.fx.proxy import TraceError
+from torch.fx.proxy import Attribute, TraceError
 from torch.nn import Module
 
 _ACTIVATIONS = {
@@ -74,14 +76,28 @@ _UNSEEN = {
     "is_dynamo_compiling",
     "is_exporting",
     "is_inference_mode_enabled",
+    "is_tensor",
+    "suppress",
     "type",
 }
+_CATCHES = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the instructions of an except clause
+# What Python asks of a tensor and a proxy cannot answer: method -> what the code may depend on.
+_ASKED = {
+    **dict.fromkeys(("__str__", "__repr__", "__format__"), "a tensor or its attribute as text"),
+    "__hash__": "a tensor or its attribute as a key",
+    "__len__": "the length of its input",
+    **dict.fromkeys(("__array__", "__complex__", "__float__", "__index__", "__int__"), "the values of its input"),
+}
+_OWN = ("torch", "dlops")
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _REGISTERED = vars(Module()).keys()
 _TAKES_FROM_SELF = {  # the instructions after one that loads self
     *("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP"),
     *("CONVERT_VALUE", "FORMAT_SIMPLE", "FORMAT_VALUE"),
 }
 _INITIALIZERS = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # handle children, never run them
+_Calls = dict[Module, list[tuple[fx.Graph, fx.Node]]]
+_Source = tuple[str, Module | None, object]  # the words for it, the module whose attribute it is, the object
 _NAMES = {name for names in _ACTIVATIONS.values() for name in names.values()}
 
 
@@ -116,9 +132,9 @@ class Prover:
             for name, child in holder._modules.items():
                 if child is not None:
                     self._holders[child].append((holder, name))
-        self._traced: dict[Module, list[fx.Graph] | Unproven] = {}
+        self._traced: dict[Module, _Calls | Unproven] = {}
         self._loaded: dict[type, _Loads] = {}
-        self._stashed = {m: where for holder in self.names for where, m in _stashed(holder) if m in self.names}
+        self._stashed = {module: where for where, module in self._stashes() if module in self.names}
         self._linear_callers = {c: None for m in self.names if is_linear(m) for c in self._callers(m)}
 
     def candidates(self) -> Iterator[Module]:
@@ -164,9 +180,12 @@ class Prover:
     def _producer(self, caller: Module, node: fx.Node) -> Module:
         if len(node.args) != 1 or node.kwargs:
             raise Unproven("the activation is not called with exactly one argument")
-        linear = _called(caller, node.args[0])
-        if linear is None or not self.is_linear(linear):
-            raise Unproven(f"the activation's input comes from {_describe(caller, node.args[0])}, not from a Linear")
+        source = node.args[0]
+        linear = _called(caller, source)
+        if not isinstance(source, fx.Node) or linear is None or not self.is_linear(linear):
+            raise Unproven(f"the activation's input comes from {_describe(caller, source)}, not from a Linear")
+        if node.meta["modes"] != source.meta["modes"]:
+            raise Unproven("gradients or autocast are switched between the linear and the activation")
         return linear
 
     def _callers(self, module: Module) -> list[Module]:
@@ -181,20 +200,23 @@ class Prover:
             found.update(self._above(holder))
         return found
 
-    def _graphs(self, caller: Module) -> list[fx.Graph]:
+    def _calls(self, caller: Module, module: Module) -> list[tuple[fx.Graph, fx.Node]]:
+        """Where the traces of a caller call a module."""
         if caller not in self._traced:
+            calls: _Calls = defaultdict(list)
             try:
-                self._traced[caller] = list(_trace(caller))
+                for graph in _trace(caller):
+                    for node in graph.nodes:
+                        if (called := _called(caller, node)) is not None:
+                            calls[called].append((graph, node))
+                self._traced[caller] = calls
             except Exception as error:
                 message = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
                 self._traced[caller] = Unproven(f"{type(caller).__name__}.forward cannot be traced: {message}")
         traced = self._traced[caller]
         if isinstance(traced, Unproven):
             raise traced
-        return traced
-
-    def _calls(self, caller: Module, module: Module) -> list[tuple[fx.Graph, fx.Node]]:
-        return [(g, node) for g in self._graphs(caller) for node in g.nodes if _called(caller, node) is module]
+        return traced.get(module, [])
 
     def _no_other_way(self, module: Module) -> None:
         """Raise :class:`Unproven` unless the module's callers are the only code of the model that calls it."""
@@ -233,30 +255,55 @@ class Prover:
             self._loaded[cls] = _Loads(cls)
         return self._loaded[cls]
 
+    def _stashes(self) -> Iterator[tuple[str, Module]]:
+        """The modules that the model holds elsewhere than among the submodules of its modules: (where, module)."""
+        classes = {type(holder): self._loads(type(holder)) for holder in self.names}
+        used, grown = set(), {"forward"}  # the names that the forwards use, and the methods they lead to
+        while grown - used:
+            used |= grown
+            grown = {name for loads in classes.values() for name in loads.used_by(used)}
+        containers: list[_Source] = []
+        sources: list[_Source] = [
+            (f"{cls.__name__}.{name}", None, function)
+            for cls, loads in classes.items()
+            for name, function in loads.functions.items()
+            if name in used and not _is_library(function.__globals__)
+        ]
+        for holder in self.names:
+            cls = type(holder)
+            for name, value in vars(holder).items():
+                if name not in _REGISTERED:
+                    in_use = name in used or classes[cls].reaches
+                    (sources if in_use else containers).append((f"{cls.__name__}.{name}", holder, value))
+        yield from _reached(containers, _items, 4)
+        yield from _reached(sources, _referents, 9)
+
 
 class _Loads:
     """What the code of a class takes from its instances.
 
     Attributes:
+        functions: its functions, unwrapped, by name; without those that only initialise.
         count: how many of its functions load each attribute.
         escapes: the attributes that they do not merely call.
         reaches: whether ``forward``, or a method it leads to, may get at modules without naming them.
     """
 
     def __init__(self, cls: type) -> None:
-        functions: dict[str, object] = {}
+        found: dict[str, object] = {}
         for base in reversed(cls.__mro__):
             if base not in _HARMLESS:
-                functions.update(vars(base))
+                found.update(vars(base))
         for name in _INITIALIZERS:
-            functions.pop(name, None)
-        codes: dict[str, CodeType] = {}
-        for name, function in functions.items():
-            function = getattr(function, "fget", None) or getattr(function, "__func__", function)
-            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-            if code is not None:
-                codes[name] = code
-        loads = {name: set(_attribute_loads(code)) for name, code in codes.items()}
+            found.pop(name, None)
+        self.functions: dict[str, FunctionType] = {}
+        for name, value in found.items():
+            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            function = inspect.unwrap(function) if callable(function) else None
+            if isinstance(function, FunctionType):
+                self.functions[name] = function
+        codes = {name: function.__code__ for name, function in self.functions.items()}
+        self._loads = loads = {name: set(_attribute_loads(code)) for name, code in codes.items()}
         self.count = Counter(name for found in loads.values() for name in {name for name, _ in found})
         self.escapes = {name for found in loads.values() for name, is_call in found if not is_call}
         led_to = ["forward"]
@@ -268,17 +315,54 @@ class _Loads:
             if method in codes
         )
 
+    def used_by(self, methods: set[str]) -> Iterator[str]:
+        """The attributes loaded by those methods, and by those that Python calls by itself."""
+        for method, found in self._loads.items():
+            if method in methods or method.startswith("__"):
+                yield from (name for name, _ in found)
+
 
 class _Proxy(fx.Proxy):
-    """A proxy that notices ``isinstance``, whose answer would be another for a tensor."""
+    """A proxy that notices being asked what it would answer otherwise than a tensor (see also ``_ASKED``)."""
 
     tracer: "_Tracer"
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
-        if not _is_library(sys._getframe(1)):
-            self.tracer.stop("isinstance of a tensor")
+        self._asked_for("isinstance of a tensor")
         return type(self)
+
+    def __getattr__(self, k: str) -> "_Attribute":
+        if not hasattr(torch.Tensor, k) and "getattr" in sys._getframe(1).f_code.co_names:
+            self._asked_for(f"whether a tensor has an attribute {k}")
+        return _Attribute(self, k)
+
+    def _asked_for(self, decision: str) -> None:
+        """Stop the trace, unless it is torch that asks."""
+        frame = sys._getframe(2)
+        while frame.f_back and _root(frame.f_globals) in sys.stdlib_module_names:  # functools, abc, ...: for whom?
+            frame = frame.f_back
+        if _root(frame.f_globals) not in _OWN:
+            self.tracer.stop(decision)
+
+
+class _Attribute(_Proxy, Attribute):
+    """What an attribute of a proxy is."""
+
+
+def _asking(method: str, decision: str) -> Callable[..., object]:
+    def asked(proxy: _Proxy, *arguments: object) -> object:
+        proxy._asked_for(decision)
+        answer = getattr(fx.Proxy, method, None)
+        if answer is None:
+            raise TypeError(f"a proxy has no {method}")
+        return answer(proxy, *arguments)
+
+    return asked
+
+
+for _method, _decision in _ASKED.items():
+    setattr(_Proxy, _method, _asking(_method, _decision))
 
 
 class _Tracer(fx.Tracer):
@@ -290,7 +374,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._proxies: list[weakref.ref[fx.Proxy]] = []
         self._stopped_by: str | None = None
-        self._ran: set[CodeType] = set()
+        self._ran: dict[CodeType, dict[str, object]] = {}
 
     def record(self, module: Module, arguments: dict[str, object]) -> fx.Graph:
         """The graph of a module's forward; raises ValueError where another call might take another way through it."""
@@ -301,7 +385,7 @@ class _Tracer(fx.Tracer):
         finally:
             sys.setprofile(profile)
         self._mark_kept()
-        unseen = self._stopped_by or next(filter(None, map(_unseen, self._ran)), None)
+        unseen = self._stopped_by or next(filter(None, itertools.starmap(_unseen, self._ran.items())), None)
         if unseen:
             raise ValueError(f"what it does may depend on {unseen}")
         return graph
@@ -318,11 +402,17 @@ class _Tracer(fx.Tracer):
         self.stop("the length of its input")
 
     def _watch(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and not _is_library(frame):
-            self._ran.add(frame.f_code)
+        if event == "call" and not _is_library(frame.f_globals):
+            self._ran[frame.f_code] = frame.f_globals
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
+        node.meta["modes"] = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+        return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         proxy = _Proxy(node, self)
@@ -350,24 +440,46 @@ def _trace(module: Module) -> Iterator[fx.Graph]:
             choices[parameter.name] = (None, given) if parameter.default is None else (False, True)
     if len(choices) > 4:
         raise ValueError(f"its {len(choices)} optional arguments make too many cases")
-    attributes = (value for m in module.modules() for value in vars(m).values())
+    attributes = [value for m in module.modules() for value in vars(m).values()]
+    if any(isinstance(value, _random_generators()) for value in attributes):
+        raise ValueError("it holds a generator of random numbers")
     tensors = [*module.parameters(), *module.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor))]
     for training, gradients, *values in itertools.product((False, True), (False, True), *choices.values()):
         twin = copy.deepcopy(module, {id(t): t for t in tensors})
         for submodule in twin.modules():
             submodule.training = bool(training)
         arguments = {name: value for name, value in zip(choices, values, strict=True) if value is not given}
-        state, torch_state = random.getstate(), torch.get_rng_state()
-        try:
-            with warnings.catch_warnings(), torch.set_grad_enabled(bool(gradients)):
-                warnings.simplefilter("ignore")
-                graph = _Tracer().record(twin, arguments)
-            if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
-                raise ValueError("what it does depends on random numbers")
-        finally:
-            random.setstate(state)
-            torch.set_rng_state(torch_state)
+        with warnings.catch_warnings(), torch.set_grad_enabled(bool(gradients)), _without_randomness():
+            warnings.simplefilter("ignore")
+            graph = _Tracer().record(twin, arguments)
         yield graph
+
+
+@contextlib.contextmanager
+def _without_randomness() -> Iterator[None]:
+    """Raises ValueError where the block draws from a global random number generator; puts its state back anyway."""
+    sources: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        (random.getstate, random.setstate),
+        (lambda: torch.get_rng_state().tolist(), lambda s: torch.set_rng_state(torch.tensor(s, dtype=torch.uint8))),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        numpys = numpy.random
+        sources.append(
+            (lambda: pickle.dumps(numpys.get_state(legacy=False)), lambda s: numpys.set_state(pickle.loads(s)))
+        )
+    states = [get() for get, _ in sources]
+    try:
+        yield
+        if states != [get() for get, _ in sources]:
+            raise ValueError("what it does depends on random numbers")
+    finally:
+        for (_, put), state in zip(sources, states, strict=True):
+            put(state)
+
+
+def _random_generators() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    return (torch.Generator, random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()))
 
 
 def _has_forward(module: Module) -> bool:
@@ -384,39 +496,77 @@ def _called(caller: Module, node: object) -> Module | None:
 def _describe(caller: Module, node: object) -> str:
     module = _called(caller, node)
     if module is not None or not isinstance(node, fx.Node):
-        return type(module or node).__name__
+        return type(node if module is None else module).__name__
     return {"placeholder": "an argument", "output": "the result"}.get(node.op, f"{node.target!s}".split()[-1])
 
 
-def _is_library(frame: FrameType) -> bool:
-    root = str(frame.f_globals.get("__name__")).partition(".")[0]
-    return root in ("torch", "dlops") or root in sys.stdlib_module_names
+def _root(scope: dict[str, object]) -> str:
+    """The package that a global scope belongs to."""
+    return str(scope.get("__name__")).partition(".")[0]
 
 
-def _stashed(holder: Module) -> Iterator[tuple[str, Module]]:
-    """The modules that a module holds elsewhere than among its submodules: (attribute, module)."""
-    for name, value in vars(holder).items():
-        if name not in _REGISTERED:
-            for found in _modules_in(value, 3):
-                if found is holder:  # its own method, as in self.act = self.exact
-                    continue
-                yield from ((f"{type(holder).__name__}.{name}", module) for module in found.modules())
+def _is_library(scope: dict[str, object]) -> bool:
+    return _root(scope) in _OWN or _root(scope) in sys.stdlib_module_names
 
 
-def _modules_in(value: object, depth: int) -> Iterator[Module]:
-    if isinstance(value, Module):
-        yield value
-    elif isinstance(getattr(value, "__self__", None), Module):  # a method
-        yield value.__self__  # type: ignore[attr-defined]
-    elif depth and isinstance(value, (list, tuple, set, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(item, depth - 1)
+def _reached(
+    sources: "list[_Source]", follow: Callable[[object], Iterable[object]], steps: int
+) -> Iterator[tuple[str, Module]]:
+    """The modules that objects lead to within so many steps: (the source, module)."""
+    seen: dict[int, object] = {}
+    for _ in range(steps):
+        following: list[_Source] = []
+        for where, holder, value in sources:
+            if id(value) in seen:
+                continue
+            seen[id(value)] = value
+            if isinstance(value, Module):
+                yield from ((where, module) for module in value.modules())
+            elif not (isinstance(value, MethodType) and value.__self__ is holder and _is_own(value)):
+                following += ((where, holder, item) for item in follow(value))
+        sources = following
 
 
-def _unseen(code: CodeType) -> str | None:
+def _is_own(method: MethodType) -> bool:
+    """Whether a method is of its object's class, as in ``self.act = self.exact``."""
+    return getattr(type(method.__self__), method.__name__, None) is method.__func__
+
+
+def _items(value: object) -> Iterable[object]:
+    """What a container holds, and what a method is bound to."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    return value if isinstance(value, (list, tuple, set)) else ()
+
+
+def _referents(value: object) -> Iterable[object]:
+    """What an object refers to: items, attributes, closures, bound arguments, and the globals that a function loads."""
+    if isinstance(value, (torch.Tensor, type, ModuleType)):
+        return ()
+    if isinstance(value, weakref.ref):
+        return (value(),)
+    if isinstance(value, FunctionType):
+        names = () if _is_library(value.__globals__) else _global_loads(value.__code__)
+        loaded = (value.__globals__[name] for name in names if name in value.__globals__)
+        return (value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value), *loaded)
+    return gc.get_referents(value)
+
+
+def _global_loads(code: CodeType) -> set[str]:
+    names = {this.argval for this in dis.get_instructions(code) if this.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_loads(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _unseen(code: CodeType, scope: dict[str, object]) -> str | None:
     """What code may decide by without a trace noticing."""
     instructions = list(dis.get_instructions(code))
     for before, this in itertools.pairwise(instructions):
+        if this.opname in _CATCHES:
+            return "an exception that it catches"
+        if this.opname == "LOAD_GLOBAL" and isinstance(scope.get(this.argval), _random_generators()):
+            return "random numbers"
         if this.opname.startswith("LOAD_") and this.argval in _UNSEEN:
             return f"{this.argval}()"
         if this.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
