@@ -144,6 +144,41 @@ DLOPS_HD vshort narrow(vfloat v, float16*) {
 #endif
 }
 
+DLOPS_HD vint below(int count) {  // all bits of the first `count` lanes
+  vint lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < count;
+}
+
+// The first `count` elements at p, and zeros; masked, where there is an instruction for it: memcpy would be called.
+template <class V>
+DLOPS_HD V load_first(const void* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return (V)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  else
+    return (V)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_maskload_ps((const float*)p, (__m256i)below(count));
+#endif
+  V v{};
+  __builtin_memcpy(&v, p, count * (sizeof(V) / kLanes));
+  return v;
+}
+
+template <class V>
+DLOPS_HD void store_first(void* p, V v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  else
+    return _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_maskstore_ps((float*)p, (__m256i)below(count), (__m256)v);
+#endif
+  __builtin_memcpy(p, &v, count * (sizeof(V) / kLanes));
+}
+
 template <class T>
 using Packed = decltype(narrow(vfloat{}, (T*)nullptr));
 
@@ -154,9 +189,7 @@ DLOPS_HD vfloat load(const T* p, Full) {
 
 template <class T>
 DLOPS_HD vfloat load(const T* p, Partial part) {  // elements past the end read as zero
-  Packed<T> v{};
-  __builtin_memcpy(&v, p, part.count * sizeof(T));
-  return widen(v, p);
+  return widen(load_first<Packed<T>>(p, part.count), p);
 }
 
 template <class T>
@@ -167,8 +200,7 @@ DLOPS_HD void store(T* p, vfloat v, Full) {
 
 template <class T>
 DLOPS_HD void store(T* p, vfloat v, Partial part) {
-  const Packed<T> packed = narrow(v, p);
-  __builtin_memcpy(p, &packed, part.count * sizeof(T));
+  store_first(p, narrow(v, p), part.count);
 }
 
 // Non-temporal store: p must be aligned to sizeof(Packed<T>). Halves traffic when the line is not read again soon.
@@ -209,9 +241,7 @@ DLOPS_HD bool can_stream(const T* p, int64_t row_stride) {
 DLOPS_HD vfloat keep(vfloat v, Full) { return v; }
 
 DLOPS_HD vfloat keep(vfloat v, Partial part) {  // zero in the lanes that do not exist
-  vint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return vselect(lane < part.count, v, vfloat{});
+  return vselect(below(part.count), v, vfloat{});
 }
 
 // Calls body(offset, Full | Partial) over [0, n).
