@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -41,7 +42,9 @@ def sum_rows(x: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` with its leading dimensions flattened into one: (..., D) as (M, D)."""
-    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+    if x.dim() == 2:
+        return x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # flatten has no batching rule here
 
 
 class Op:

@@ -177,6 +177,22 @@ def test_transforms(op: Op) -> None:
             testing.check_transforms(op, args)
 
 
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_batched_gradients(op: Op) -> None:
+    """Such as a Jacobian's, of which torch.autograd computes all rows at once."""
+    args = next(a for a in Make(torch.float64).samples(op) if a[0].numel() > 1)
+    leaves = [a.detach().requires_grad_() if testing._floating(a) else a for a in args]
+    output = testing.as_tuple(op(*leaves))[0]
+    wanted = [a for a in leaves if testing._floating(a)]
+    rows = torch.randn(3, *output.shape, dtype=output.dtype)
+
+    def gradients(dy: torch.Tensor, batched: bool) -> Any:
+        return torch.autograd.grad(output, wanted, dy, retain_graph=True, is_grads_batched=batched, allow_unused=True)
+
+    for batched, *alone in zip(gradients(rows, True), *[gradients(dy, False) for dy in rows], strict=True):
+        torch.testing.assert_close(batched, None if batched is None else torch.stack(alone))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 def test_autocast_follows_torch(op: Op, dtype: torch.dtype, device: str) -> None:

@@ -343,13 +343,19 @@ def selective_scan_backward(
     return asked_for(gradients, u, output_mask)
 
 
+def _per_group(x: Tensor, groups: int) -> Tensor:
+    """(batch, dim, dstate) as (batch, groups, dim / groups, dstate)."""
+    batch, dim, dstate = x.shape
+    return x.reshape(batch, groups, dim // groups, dstate)
+
+
 def _coefficient_gradient(steps: Sequence[Tensor], x: Tensor) -> Tensor:
     """The gradient of B or C from one (batch, dim, dstate) per step."""
     if x.dim() == 2:
         return sum((step.sum(0) for step in reversed(steps)), x.new_zeros(x.shape))
     if not steps:
         return x.new_empty(*x.shape[:2], 0, x.shape[2]).mT
-    return torch.stack([step.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype) for step in steps], 2).mT
+    return torch.stack([_per_group(step, x.shape[1]).sum(2).to(x.dtype) for step in steps], 2).mT
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

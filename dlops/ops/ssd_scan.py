@@ -72,17 +72,23 @@ def _steps(
 
 def _channels(x: Tensor) -> Tensor:
     """(batch, seqlen, heads, headdim) as (batch, channels, seqlen)."""
-    return x.flatten(2).mT
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]).mT
 
 
 def _heads(x: Tensor, like: Tensor) -> Tensor:
     """Undoes :func:`_channels`."""
-    return x.mT.unflatten(2, like.shape[2:])
+    return x.mT.reshape(like.shape)
 
 
 def _per_channel(x: Tensor, headdim: int) -> Tensor:
     """(..., heads) as (..., channels)."""
-    return x[..., None].expand(*x.shape, headdim).flatten(-2)
+    return x[..., None].expand(*x.shape, headdim).reshape(*x.shape[:-1], x.shape[-1] * headdim)
+
+
+def _state_of_channels(states: Tensor) -> Tensor:
+    """(sequences, heads, headdim, dstate) as (sequences, channels, dstate)."""
+    sequences, heads, headdim, dstate = states.shape
+    return states.reshape(sequences, heads * headdim, dstate)
 
 
 def _arguments(
@@ -109,7 +115,7 @@ def _arguments(
         D,
         None if z is None else _channels(z),
         None,
-        None if initial_states is None else initial_states.flatten(1, 2),
+        None if initial_states is None else _state_of_channels(initial_states),
         cu_seqlens,
     )
 
@@ -215,22 +221,23 @@ def ssd_scan_backward(
     """Gradients of :func:`ssd_scan`, by the recurrence that runs backwards in time."""
     steps, slope = _steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
     arguments = _arguments(x, steps, A, B, C, D, z, initial_states, cu_seqlens)
-    dfinal = None if dfinal_states is None else dfinal_states.flatten(1, 2)
+    dfinal = None if dfinal_states is None else _state_of_channels(dfinal_states)
     du, ddelta, dA, dB, dC, dD, dz, _, dinitial = selective_scan_backward.definition(
         _channels(dy), *arguments, dfinal, A.new_empty(0), False, [True] * 9
     )
-    ddt = ddelta.mT.unflatten(2, x.shape[2:]).sum(3) * slope
-    dD = dD.unflatten(0, x.shape[2:])
+    heads = x.shape[2:]
+    ddt = ddelta.mT.reshape(x.shape).sum(3) * slope
+    dD = dD.reshape(heads)
     found = (
         _heads(du, x),
         ddt.to(dt.dtype),
-        dA.unflatten(0, x.shape[2:]).sum((1, 2)),
+        dA.reshape(*heads, B.shape[3]).sum((1, 2)),
         dB.permute(0, 3, 1, 2),
         dC.permute(0, 3, 1, 2),
         dD.sum(1) if D is None or D.dim() == 1 else dD,
         _heads(dz, x),
         ddt.sum((0, 1)),
-        dinitial.unflatten(1, x.shape[2:]),
+        dinitial.reshape(dinitial.shape[0], *heads, B.shape[3]),
     )
     return asked_for([t.clone(memory_format=torch.contiguous_format) for t in found], x, output_mask)
 
