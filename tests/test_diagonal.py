@@ -87,6 +87,15 @@ def test_fft_convolution_equals_the_sum(dtype: torch.dtype, seqlen: int) -> None
     assert y.dtype == dtype
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
+def test_fft_convolution_of_nothing(shape: tuple[int, int, int]) -> None:
+    leaves = torch.ones(shape, requires_grad=True), torch.ones(shape[1:], requires_grad=True)
+    y = F.fft_conv1d(*leaves, torch.ones(shape[1]))
+    assert y.shape == shape
+    u, kernel = torch.autograd.grad(y.sum(), leaves)
+    assert u.shape == shape and torch.equal(kernel, torch.zeros(shape[1:]))
+
+
 @pytest.mark.parametrize("name", ["torch", None])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_diagonal_scan_equals_powers(bidirectional: bool, name: str | None) -> None:
@@ -152,6 +161,16 @@ def test_decoding_equals_the_parallel_form_step_by_step(layer: str) -> None:
     steps = torch.stack([ours.step(x[:, t], state) for t in range(40)], 1)
     parallel, exactly = (model(x).detach() for model, x in ((theirs, x), (copy.deepcopy(theirs).double(), x.double())))
     assert max(error_ratio(steps, parallel, exactly)) <= RATIO
+
+
+@pytest.mark.parametrize("layer", ["S4D", "S5"])
+def test_autocast_leaves_the_system_alone(layer: str) -> None:
+    ours = getattr(models, layer)(8, 6)
+    x, state = torch.randn(2, 7, 8), ours.initial_state(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, step = ours(x), ours.step(x[:, 0], state)
+    torch.testing.assert_close(found.float(), ours(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(step.float(), ours(x)[:, 0], rtol=0.05, atol=0.05)
 
 
 def test_a_bidirectional_layer_does_not_decode() -> None:

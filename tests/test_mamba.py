@@ -82,6 +82,20 @@ def test_generation_takes_the_most_likely_token(name: str) -> None:
     assert torch.equal(found[:, 4:], model(found)[:, 3:-1].argmax(-1))
 
 
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+def test_decodes_under_autocast(name: str) -> None:
+    sizes = {"headdim": 8} if name == "Mamba2" else {}
+    model, tokens = getattr(models, name)(50, 16, 2, **sizes), torch.randint(50, (2, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.initial_states(2)
+        prefix = model(tokens[:, :4], states)
+        steps = [model.step(token, states) for token in tokens[:, 4:].unbind(1)]
+        assert all(step.dtype == torch.bfloat16 for step in steps)
+        assert model.generate(tokens, 3).shape == (2, 10)
+        whole = model(tokens)
+    torch.testing.assert_close(torch.cat([prefix, torch.stack(steps, 1)], 1), whole, rtol=0.05, atol=0.05)
+
+
 def test_trains_as_plain() -> None:
     """A periodic sequence is learnt, with the loss of the plain model at every step."""
     tokens = (torch.arange(40)[None] * 3 + torch.arange(4)[:, None]) % 7

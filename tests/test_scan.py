@@ -141,6 +141,22 @@ def test_equal_to_the_sum_over_all_pairs_of_steps(name: str | None) -> None:
             torch.testing.assert_close(F.selective_scan(u, delta, A, B, C), reference(u, delta, A, B, C))
 
 
+@pytest.mark.parametrize("name", backend.BACKENDS)
+def test_absent_arguments_have_no_gradient_to_write(name: str) -> None:
+    """Whatever output_mask asks for."""
+    u, A, B = torch.randn(1, 2, 3), -torch.rand(2, 4), torch.randn(1, 1, 4, 3)
+    arguments = (u, u.abs(), A, B, B, None, None, None, None, None)
+    checkpoints = scan.selective_scan.definition(*arguments, False, True)[2]
+    args = (u, *arguments, None, checkpoints, False, [True] * 9)
+    if reason := backend.refusal(scan.selective_scan_backward, name, args):
+        pytest.skip(reason)
+    with dlops.use_backend(name):
+        found = scan.selective_scan_backward(*args)
+    expected = scan.selective_scan_backward.definition(*args)
+    for i in (0, 1, 2, 3, 4, 8):
+        torch.testing.assert_close(found[i], expected[i])
+
+
 @pytest.mark.parametrize("name", ["torch", None])
 def test_functional_composes_the_flags(name: str | None) -> None:
     u, delta, z = (torch.randn(2, 6, 9, dtype=torch.float64) for _ in range(3))
@@ -379,6 +395,7 @@ def packed(*bounds: int, dtype: torch.dtype = torch.int32, **changes: Any) -> An
             r"cu_seqlens is \[1, 5\], accepted are numbers that do not decrease, from 0",
         ),
         (lambda: packed(0, 4), ValueError, "from 0 to 5"),
+        (lambda: packed(0, 5, u=torch.tensor(1.0)), RuntimeError, r"u has shape \(\)"),
         (lambda: packed(0, 4, 3, 5), ValueError, "do not decrease"),
         (
             lambda: packed(0, 2, 5, initial_state=torch.rand(1, 6, 4)),

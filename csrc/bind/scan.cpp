@@ -72,6 +72,8 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
   split(p, kernels.lanes, varies ? 32 : 64, varies ? most : p.dim);
 
   const int64_t parts = p.complex ? 2 : 1;
+  mask[5] = mask[5] && D;
+  mask[7] = mask[7] && delta_bias;
   std::array<Tensor, 9> out{absent(u), absent(u), absent(u), absent(u), absent(u),
                             absent(u), absent(u), absent(u), absent(u)};
   const auto steps = [&](int i, const Tensor& like, ScanOutput& to) {

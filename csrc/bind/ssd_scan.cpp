@@ -98,6 +98,7 @@ Nine ssd_scan_backward(const Tensor& dy, const Tensor& x, const Tensor& dt, cons
   // A function of the shape alone: sums over heads are in its order. Those of B and C take no more memory than x.
   p.block = std::max<int64_t>(4, ceil_div(p.states, std::max<int64_t>(1, p.headdim)));
 
+  mask[5] = mask[5] && D;
   std::array<Tensor, 9> out{absent(x), absent(x), absent(x), absent(x), absent(x),
                             absent(x), absent(x), absent(x), absent(x)};
   const auto whole = [&](int i, const Tensor& like, void*& to) {
@@ -121,7 +122,7 @@ Nine ssd_scan_backward(const Tensor& dy, const Tensor& x, const Tensor& dt, cons
   summed(2, p.batch, p.heads, p.dA);
   summed(3, p.blocks(), p.batch * p.steps * p.groups * p.states, p.dB);
   summed(4, p.blocks(), p.batch * p.steps * p.groups * p.states, p.dC);
-  summed(5, p.batch, D ? D->numel() : 0, p.dD);
+  if (mask[5]) summed(5, p.batch, D->numel(), p.dD);
   summed(7, p.batch, p.heads, p.ddt_bias);
   const auto& kernels = DLOPS_KERNELS(ssd_kernels);
   run_tasks(p.tasks(), work(p), kernels.backward_scratch(p),

@@ -51,7 +51,7 @@ def causal_conv1d(
             from 0 to seqlen, or decreases.
     """
     if cu_seqlens is not None:
-        check_cu_seqlens("causal_conv1d", cu_seqlens, x.shape[-1])
+        check_cu_seqlens("causal_conv1d", cu_seqlens, x, 2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"causal_conv1d: activation is {activation!r}, accepted are None, 'silu' and 'swish'")
     if bias is not None and bias.dtype != weight.dtype:

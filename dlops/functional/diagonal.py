@@ -50,7 +50,7 @@ def s4d_kernel(A: Tensor, C: Tensor, dt: Tensor, seqlen: int, B: Tensor | None =
         (dim, seqlen), float32 (float64 where A is complex128).
 
     Raises:
-        RuntimeError: shapes that do not fit together, an A that is not complex.
+        RuntimeError: shapes that do not fit together, an A that is not complex, a negative seqlen.
     """
     if not A.is_complex() or A.dim() != 2:
         raise RuntimeError(f"s4d_kernel: A is {A.dtype} of shape {tuple(A.shape)}, accepted is complex (dim, dstate)")
@@ -59,6 +59,8 @@ def s4d_kernel(A: Tensor, C: Tensor, dt: Tensor, seqlen: int, B: Tensor | None =
     for name, x in (("C", C), ("B", B)):
         if x is not None and x.shape != A.shape:
             raise RuntimeError(f"s4d_kernel: {name} has shape {tuple(x.shape)}, accepted is A's, {tuple(A.shape)}")
+    if seqlen < 0:
+        raise RuntimeError(f"s4d_kernel: seqlen is {seqlen}, accepted are numbers >= 0")
     # A power's phase is a large number of turns late in the sequence: few exponents, so all of them in float64.
     exponent = (dt[:, None].double() * A.to(torch.complex128))[:, None]
     factor = C if B is None else C * B
@@ -105,10 +107,11 @@ def fft_conv1d(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
     if D is not None and D.shape != kernel.shape[:1]:
         raise RuntimeError(f"fft_conv1d: D has shape {tuple(D.shape)}, accepted is (dim,) = {tuple(kernel.shape[:1])}")
     seqlen = u.shape[2]
-    if seqlen == 0:
-        return u.clone()
-    size = 2 * seqlen  # of which the end is zero: nothing comes around
-    spectrum = torch.fft.rfft(acc(u), size) * torch.fft.rfft(acc(kernel), size)
-    y = torch.fft.irfft(spectrum, size)[..., :seqlen]
+    if u.numel() == 0:
+        y = acc(u) * acc(kernel)
+    else:
+        size = 2 * seqlen  # of which the end is zero: nothing comes around
+        spectrum = torch.fft.rfft(acc(u), size) * torch.fft.rfft(acc(kernel), size)
+        y = torch.fft.irfft(spectrum, size)[..., :seqlen]
     y = y if D is None else y + acc(D)[:, None] * acc(u)
     return y.to(u.dtype)

@@ -58,7 +58,7 @@ def selective_scan(
         ValueError: cu_seqlens that does not go from 0 to seqlen, or decreases.
     """
     if cu_seqlens is not None:
-        check_cu_seqlens("selective_scan", cu_seqlens, u.shape[-1])
+        check_cu_seqlens("selective_scan", cu_seqlens, u, 2)
     B, C = (acc(x) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (B, C))
     D, delta_bias = (x if x is None else acc(x) for x in (D, delta_bias))
     inputs = (u, delta, acc(A), B, C, D, z, delta_bias, initial_state)

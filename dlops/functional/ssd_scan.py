@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dlops._op import acc
 from dlops.functional._packed import check_cu_seqlens
+from dlops.ops._check import Arguments
 from dlops.ops.ssd_scan import ssd_scan as ssd_scan_op
 
 
@@ -46,8 +47,9 @@ def ssd_scan(
         dt_limit: what dt is clamped to after that.
         initial_states: (batch, nheads, headdim, dstate) or None, zero; float32 (float64 with float64).
         return_final_states: return also S after the last step.
-        seq_idx: (batch, seqlen) int32: a new sequence, of zero state, begins where it changes. The initial states
-            belong to the first step's sequence, the final states to the last step's. Its values are read on the host.
+        seq_idx: (batch, seqlen) int32 or int64: a new sequence, of zero state, begins where it changes. The initial
+            states belong to the first step's sequence, the final states to the last step's. Its values are read on the
+            host.
         cu_seqlens: (num_sequences + 1,) int32, from 0 to seqlen: sequence i is the steps from cu_seqlens[i] to
             cu_seqlens[i + 1] of the one batch element. The states are then (num_sequences, ...).
 
@@ -63,17 +65,17 @@ def ssd_scan(
     if cu_seqlens is not None:
         if seq_idx is not None:
             raise ValueError("ssd_scan: got seq_idx and cu_seqlens, accepted is one of them")
-        check_cu_seqlens("ssd_scan", cu_seqlens, x.shape[1])
+        check_cu_seqlens("ssd_scan", cu_seqlens, x, 1)
     A = acc(A)
     D, dt_bias, states = (t if t is None else acc(t) for t in (D, dt_bias, initial_states))
     values = dt_softplus, *map(float, dt_limit)
+    if seq_idx is not None:
+        ssd_scan_op.check(x, dt, A, B, C, D, z, dt_bias, states, None, *values)
+        accepted = "(batch, seqlen)", x.shape[:2]
+        Arguments("ssd_scan", "x", x).check("seq_idx", seq_idx, (torch.int32, torch.int64), accepted)
     if seq_idx is None or seq_idx.numel() == 0:
         y, final = ssd_scan_op(x, dt, A, B, C, D, z, dt_bias, states, cu_seqlens, *values)
     else:
-        ssd_scan_op.check(x, dt, A, B, C, D, z, dt_bias, states, None, *values)
-        if seq_idx.shape != x.shape[:2]:
-            accepted = f"(batch, seqlen) = {tuple(x.shape[:2])}"
-            raise RuntimeError(f"ssd_scan: seq_idx has shape {tuple(seq_idx.shape)}, accepted is {accepted}")
         bounds, first = _packed(seq_idx)
         if states is not None:
             states = states.new_zeros(bounds.shape[0] - 1, *states.shape[1:]).index_copy(0, first[:-1], states)

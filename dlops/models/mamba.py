@@ -27,6 +27,11 @@ class MambaState(NamedTuple):
     ssm: Tensor
 
 
+def advance_conv(conv1d: nn.Conv1d, u: Tensor, state: Tensor) -> Tensor:
+    """A step of a mixer's convolution: u (batch, dim), perhaps narrowed by autocast; ``state`` advances in place."""
+    return F.causal_conv1d_update(u.to(state.dtype), state, conv1d.weight.squeeze(1), conv1d.bias, "silu").to(u.dtype)
+
+
 class MambaMixer(nn.Module):
     """Projection, causal convolution, selective scan, gate and projection.
 
@@ -74,7 +79,7 @@ class MambaMixer(nn.Module):
         """x: (batch, seqlen, d_model), all steps at once; returns the same shape. With a state the sequence goes on
         from it, and it becomes the last one: no gradient flows into it."""
         u, z = self.in_proj(x).mT.chunk(2, 1)
-        conv, ssm = (None, None) if state is None else state
+        conv, ssm = (None, None) if state is None else (state.conv.to(u.dtype), state.ssm)  # autocast narrows u
         u, last_conv = F.causal_conv1d(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, return_final_states=True
         )
@@ -91,7 +96,7 @@ class MambaMixer(nn.Module):
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """One step: x (batch, d_model), after the steps that ``state`` has seen; returns the same shape."""
         u, z = self.in_proj(x).chunk(2, 1)
-        u = F.causal_conv1d_update(u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        u = advance_conv(self.conv1d, u, state.conv)
         dt, B, C = self._coefficients(u)
         y = F.selective_state_update(state.ssm, u, dt, self._A(), B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlops import functional as F
-from dlops.models.mamba import Mamba, MambaState
+from dlops.models.mamba import Mamba, MambaState, advance_conv
 from dlops.nn import Linear, RMSNorm
 
 
@@ -73,7 +73,7 @@ class Mamba2Mixer(nn.Module):
         """x: (batch, seqlen, d_model), all steps at once; returns the same shape. With a state the sequence goes on
         from it, and it becomes the last one: no gradient flows into it."""
         z, u, dt = self._projected(x)
-        conv, ssm = (None, None) if state is None else state
+        conv, ssm = (None, None) if state is None else (state.conv.to(u.dtype), state.ssm)  # autocast narrows u
         u, last_conv = F.causal_conv1d(
             u.mT, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, return_final_states=True
         )
@@ -100,7 +100,7 @@ class Mamba2Mixer(nn.Module):
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """One step: x (batch, d_model), after the steps that ``state`` has seen; returns the same shape."""
         z, u, dt = self._projected(x)
-        u = F.causal_conv1d_update(u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        u = advance_conv(self.conv1d, u, state.conv)
         u, B, C = self._split(u)
         heads = self.nheads, self.headdim
         y = F.selective_state_update(

@@ -80,10 +80,12 @@ class S5(nn.Module):
     @staticmethod
     def _inputs(x: Tensor, B: Tensor) -> Tensor:
         """B x for each step; x is real, so two real products serve."""
-        parts = x.to(B.real.dtype) @ torch.cat([B.real, B.imag]).mT
+        with torch.autocast(x.device.type, enabled=False):
+            parts = x.to(B.real.dtype) @ torch.cat([B.real, B.imag]).mT
         return torch.complex(*parts.chunk(2, -1))
 
     def _outputs(self, states: Tensor, x: Tensor, C: Tensor) -> Tensor:
-        y = 2 * torch.cat([states.real, states.imag], -1) @ torch.cat([C.real, -C.imag], 1).mT
+        with torch.autocast(x.device.type, enabled=False):
+            y = 2 * torch.cat([states.real, states.imag], -1) @ torch.cat([C.real, -C.imag], 1).mT
         y = F.gelu((y + self.D.to(y.dtype) * x.to(y.dtype)).to(x.dtype))
         return y * torch.sigmoid(self.gate(y))

@@ -57,9 +57,10 @@ class Arguments:
             raise RuntimeError(f"{self.op}: {name} has shape {tuple(tensor.shape)}, accepted is {shapes}")
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
         if tensor.dtype not in dtypes:
+            names = " or ".join(map(str, dict.fromkeys(dtypes)))
             raise RuntimeError(
-                f"{self.op}: {name} has dtype {tensor.dtype}, accepted is {' or '.join(map(str, dtypes))} with "
-                f"{self.first} of dtype {self.tensor.dtype}"
+                f"{self.op}: {name} has dtype {tensor.dtype}, accepted is {names} with {self.first} of dtype "
+                f"{self.tensor.dtype}"
             )
         if tensor.device != self.tensor.device:
             raise RuntimeError(
