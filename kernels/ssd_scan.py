@@ -154,10 +154,10 @@ def sweep(dtype: torch.dtype, full: bool) -> None:
     before = torch.get_float32_matmul_precision()
     for precision in ("highest", "high") if dtype == torch.float32 else (before,):
         torch.set_float32_matmul_precision(precision)
-        x, B = torch.empty(2, 256, 8, 64, dtype=dtype), torch.empty(2, 256, 2, 128, dtype=dtype)
-        A, D, h = torch.empty(8), torch.empty(8, 64), torch.empty(2, 8, 64, 128)
+        x, B = torch.empty(2, 256, 16, 64, dtype=dtype), torch.empty(2, 256, 2, 128, dtype=dtype)
+        A, D, h = torch.empty(16), torch.empty(16, 64), torch.empty(2, 16, 64, 128)
         ssd_scan(x, x[..., 0], A, B, B, D, x, A, h, None, True, 0.0, 1.0)
         if full:
             bounds = torch.empty(3, dtype=torch.int32)
-            ssd_scan(x[:1], x[:1, ..., 0], A, B[:1], B[:1], None, None, None, None, bounds, False, 0.0, 1.0)
+            ssd_scan(x[:1], x[:1, ..., 0], A, B[:1], B[:1], None, x[:1], None, None, bounds, False, 0.0, 1.0)
     torch.set_float32_matmul_precision(before)

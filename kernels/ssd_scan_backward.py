@@ -326,7 +326,8 @@ def ssd_scan_backward(
             passes.cheaper, tiles.block_p, tiles.block_n, **tiles.options(),
         )  # fmt: skip
     if dB is not None or dC is not None:
-        tiles = passes.tiles(COEFFICIENT_TILES)
+        # Factors of float16's products, which have not its range, are float32.
+        tiles = passes.tiles(COEFFICIENT_TILES, "tf32" if x.dtype == torch.float16 else None)
         blocks = triton.cdiv(dstate, tiles.block_n)
         wanted = triton.cdiv(PROGRAMS_PER_SM * device_of(x).num_sms, max(1, slots * passes.groups * blocks))
         turns = triton.cdiv(passes.of_group, wanted)
@@ -354,8 +355,8 @@ def sweep(dtype: torch.dtype, full: bool) -> None:
     before = torch.get_float32_matmul_precision()
     for precision in ("highest", "high") if dtype == torch.float32 else (before,):
         torch.set_float32_matmul_precision(precision)
-        x, B = torch.empty(2, 256, 8, 64, dtype=dtype), torch.empty(2, 256, 2, 128, dtype=dtype)
-        A, D, h = torch.empty(8), torch.empty(8, 64), torch.empty(2, 8, 64, 128)
+        x, B = torch.empty(2, 256, 16, 64, dtype=dtype), torch.empty(2, 256, 2, 128, dtype=dtype)
+        A, D, h = torch.empty(16), torch.empty(16, 64), torch.empty(2, 16, 64, 128)
         ssd_scan_backward(x, x, x[..., 0], A, B, B, D, x, A, h, None, h, True, 0.0, 1.0, [True] * 9)
         if full:
             one, b, bounds = x[:1], B[:1], torch.empty(3, dtype=torch.int32)

@@ -370,9 +370,10 @@ class Passes:
             dt_softplus, BLOCK_H, num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
-    def tiles(self, table: Table) -> Tiles:
-        """Those of this precision and chip, no larger than need be."""
-        tiles = INTERPRETED_TILES if INTERPRETED else table[self.precision][90 <= device_of(self.per_step).arch < 120]
+    def tiles(self, table: Table, precision: str | None = None) -> Tiles:
+        """Those of this precision, or another, and chip, no larger than need be."""
+        wide = 90 <= device_of(self.per_step).arch < 120
+        tiles = INTERPRETED_TILES if INTERPRETED else table[precision or self.precision][wide]
         block_p = min(tiles.block_p, max(16, triton.next_power_of_2(self.headdim)))
         return tiles._replace(block_p=block_p, block_n=min(tiles.block_n, max(16, triton.next_power_of_2(self.dstate))))
 

@@ -138,7 +138,8 @@ def test_error_ratio_of_many_heads(
 
 
 def test_blocks_on_triton(device: str) -> None:
-    """Packed sequences, one of two chunks; one more channel and state than a tile has; several heads of two groups."""
+    """Packed sequences, one of two chunks; one more channel and state than a tile has; heads of two groups. Then more
+    of one group, that programs share, each of which has several."""
     if (reason := backend.missing("triton")) is not None:
         pytest.skip(reason)
     tiles = importlib.import_module("dlops.kernels.ssd_tiles")
@@ -146,6 +147,7 @@ def test_blocks_on_triton(device: str) -> None:
     flags = (*MAMBA, "D_varies", "initial_states", "packed", "groups")
     args = arguments(Make(device=device), 4, tile.block_p + 1, tile.block_n + 1, tiles.CHUNK.value + 6, flags)
     testing.check_ratios(ssd_scan.ssd_scan, [args], "triton")
+    testing.check_ratios(ssd_scan.ssd_scan, [arguments(Make(device=device), 6, 3, 4, 5, MAMBA)], "triton")
 
 
 def chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
