@@ -39,10 +39,24 @@ def _json_path(text: str) -> Path:
             f"got {text!r}, accepted is a file name ending in .json; names of cases come first"
         )
     path = Path(text)
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if path.is_dir() or not (existing.is_dir() or path.exists()) or not os.access(existing, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{existing} cannot be written to")
+    _writable(path, not path.is_dir() and (path.exists() or _existing(path).is_dir()))
     return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    _writable(path, _existing(path).is_dir())
+    return path
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _writable(path: Path, fits: bool) -> None:
+    if not fits or not os.access(_existing(path), os.W_OK):
+        raise argparse.ArgumentTypeError(f"{_existing(path)} cannot be written to")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         help="keep the results in F, with its rows that were not measured again; default F: bench/results/",
     )
     p.add_argument("--resume", action="store_true", help="with --json: measure only what its file has no row for")
-    p.add_argument("--report", type=Path, metavar="DIR", help="write plots and an HTML page")
+    p.add_argument("--report", type=_folder, metavar="DIR", help="write plots and an HTML page")
     p.add_argument(
         "--docs", nargs="?", type=Path, const=DOCS, metavar="F", help="write docs/performance.md from bench/results/"
     )

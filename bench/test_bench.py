@@ -100,9 +100,10 @@ def test_measuring_some_rows_again_keeps_the_others(case, monkeypatch, capsys, t
 def test_results_that_could_not_be_kept_are_not_measured(static, capsys, tmp_path: Path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    for path in (tmp_path / "file" / "x.json", tmp_path / "folder.json"):
+    json = (["--json", tmp_path / "file" / "x.json"], ["--json", tmp_path / "folder.json"])
+    for option, path in (*json, ["--report", tmp_path / "file"]):
         with pytest.raises(SystemExit):
-            command.main([*static, "--json", str(path)])
+            command.main([*static, option, str(path)])
         assert "cannot be written to" in capsys.readouterr().err
 
 

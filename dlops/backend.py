@@ -18,15 +18,13 @@ BACKENDS = ("torch", "vendor", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _checked(name: str | None) -> str | None:
+def _checked(what: str, name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(
-            f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default"
-        )
+        raise ValueError(f"{what}: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default")
     return name
 
 
-_default = _checked(os.environ.get("DLOPS_BACKEND") or None)
+_default = _checked("DLOPS_BACKEND", os.environ.get("DLOPS_BACKEND") or None)
 if (_simt := os.environ.get("DLOPS_SIMT", "")) not in ("", "0", "1"):
     raise ValueError(f"DLOPS_SIMT: got {_simt!r}, accepted are 0 and 1")
 _simt_forced = _simt == "1"
@@ -53,7 +51,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         ValueError: ``name`` is not a backend.
     """
     global _latest
-    token, before = _forced.set(_checked(name)), _latest
+    token, before = _forced.set(_checked("backend", name)), _latest
     _latest = name
     try:
         yield

@@ -241,7 +241,7 @@ def toolkit(folder: Path) -> Path:
 )
 def test_a_wrong_switch_is_an_error(name: str, accepted: str) -> None:
     done = run(sys.executable, "-c", "import dlops", cwd=ROOT, **{name: "on"})
-    assert done.returncode and f"got 'on', accepted are {accepted}" in done.stderr, done.stderr
+    assert done.returncode and f"{name}: got 'on', accepted are {accepted}" in done.stderr, done.stderr
 
 
 def build(clone: Path, **environment: str) -> subprocess.CompletedProcess[str]:
