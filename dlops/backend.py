@@ -20,7 +20,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _checked(what: str, name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"{what}: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default")
+        raise ValueError(
+            f"{what}: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}, or None for the default"
+        )
     return name
 
 
