@@ -80,6 +80,7 @@ _UNSEEN = {
     "suppress",
     "type",
 }
+_OFTEN_NONE = ("_base", "_grad", "_grad_fn", "grad", "grad_fn")  # attributes of a tensor
 _CATCHES = ("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH")  # the instructions of an except clause
 # What Python asks of a tensor and a proxy cannot answer: method -> what the code may depend on.
 _ASKED = {
@@ -333,14 +334,16 @@ class _Proxy(fx.Proxy):
         return type(self)
 
     def __getattr__(self, k: str) -> "_Attribute":
-        if not hasattr(torch.Tensor, k) and "getattr" in sys._getframe(1).f_code.co_names:
+        if k in _OFTEN_NONE or (not hasattr(torch.Tensor, k) and "getattr" in sys._getframe(1).f_code.co_names):
             self._asked_for(f"whether a tensor has an attribute {k}")
         return _Attribute(self, k)
 
     def _asked_for(self, decision: str) -> None:
         """Stop the trace, unless it is torch that asks."""
         frame = sys._getframe(2)
-        while frame.f_back and _root(frame.f_globals) in sys.stdlib_module_names:  # functools, abc, ...: for whom?
+        while frame.f_back and (  # functools, abc, a class that answers isinstance by itself: for whom?
+            _root(frame.f_globals) in sys.stdlib_module_names or frame.f_code.co_name == "__instancecheck__"
+        ):
             frame = frame.f_back
         if _root(frame.f_globals) not in _OWN:
             self.tracer.stop(decision)
@@ -385,6 +388,8 @@ class _Tracer(fx.Tracer):
         finally:
             sys.setprofile(profile)
         self._mark_kept()
+        if any(node.op == "placeholder" and str(node.target).startswith("**") and node.users for node in graph.nodes):
+            self._stopped_by = "optional arguments that its signature does not name"
         unseen = self._stopped_by or next(filter(None, itertools.starmap(_unseen, self._ran.items())), None)
         if unseen:
             raise ValueError(f"what it does may depend on {unseen}")

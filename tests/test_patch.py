@@ -482,6 +482,18 @@ LOOKALIKES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         variant(lambda self, x: self.fc(x) if getattr(x, "lengths", None) is None else self.act(self.fc(x))),
         "has an attribute lengths",
     ),
+    "attribute that is often None": (
+        variant(lambda self, x: self.fc(x) if x.grad is None else self.act(self.fc(x))),
+        "has an attribute grad",
+    ),
+    "kind that torch answers": (
+        variant(lambda self, x: self.act(self.fc(x)) if isinstance(x, nn.Parameter) else self.fc(x)),
+        "isinstance of a tensor",
+    ),
+    "unnamed option": (
+        variant(lambda self, x, **options: self.fc(x) if options.get("tap") is None else self.act(self.fc(x))),
+        "does not name",
+    ),
     "missing attribute": (variant(catches_a_missing_attribute), "an exception that it catches"),
     "caught": (variant(catches), "the values of its input|an exception that it catches"),
     "caught by all": (variant(catches_all), "the values of its input"),
