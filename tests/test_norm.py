@@ -174,17 +174,33 @@ def test_modules_share_torch_state_dicts() -> None:
         (
             lambda x: F.add_rms_norm(x, x[:, :3], [4]),
             RuntimeError,
-            r"residual has shape \(2, 3\), accepted is \(2, 4\)",
+            r"residual has shape \(2, 3\), accepted is input's shape = \(2, 4\)",
         ),
         (lambda x: F.add_rms_norm(x, x, [4], eps=-1.0), ValueError, "eps is -1.0, accepted are numbers >= 0"),
         (lambda x: F.add_rms_norm(x, x, [5]), RuntimeError, "input has shape"),
-        (lambda x: F.add_rms_norm(x, x, [4], x[0, :3]), RuntimeError, "weight or bias has shape"),
+        (lambda x: F.add_rms_norm(x, x, [4], x[0, :3]), RuntimeError, r"weight has shape \(3,\)"),
         (lambda x: F.add_rms_norm(x, x.double(), [4]), RuntimeError, "residual has dtype torch.float64"),
-        (lambda x: F.add_rms_norm(x.long(), x.long(), [4]), RuntimeError, "x has dtype torch.int64"),
-        (lambda x: F.add_layer_norm(x + 0j, x + 0j, [4]), RuntimeError, "x has dtype torch.complex64"),
+        (lambda x: F.add_rms_norm(x.long(), x.long(), [4]), RuntimeError, "input has dtype torch.int64"),
+        (lambda x: F.add_layer_norm(x + 0j, x + 0j, [4]), RuntimeError, "input has dtype torch.complex64"),
         (lambda x: F.add_layer_norm(x, x.to("meta"), [4]), RuntimeError, "residual is on meta"),
         (lambda x: F.add_layer_norm(x.half(), x.half(), [4], x[0]), RuntimeError, "weight has dtype torch.float32"),
-        (lambda x: F.add_layer_norm(x, x, [4], x[0, :3]), RuntimeError, r"weight or bias has shape \(3,\)"),
+        (lambda x: F.add_layer_norm(x, x, [4], x[0, :3]), RuntimeError, r"weight has shape \(3,\)"),
+        (
+            lambda x: F.add_layer_norm(x, x, [4], None, x[0, :3]),
+            RuntimeError,
+            r"bias has shape \(3,\), accepted is normalized_shape = \(4,\)",
+        ),
+        (
+            lambda x: F.add_rms_norm(x.to_sparse(), x.to_sparse(), [4]),
+            NotImplementedError,
+            "input is a nested or sparse",
+        ),
+        (lambda x: F.add_layer_norm(x.to_sparse(), x.to_sparse(), [4]), NotImplementedError, "nested or sparse"),
+        (lambda x: F.rms_norm(x.to_sparse(), [4]), NotImplementedError, "Sparse"),
+        (lambda x: F.layer_norm(x, [4], eps=None), TypeError, "'eps'.* must be float, not NoneType"),
+        (lambda x: F.rms_norm(x, [4], eps="a"), TypeError, "'eps'.* must be float, not str"),
+        (lambda x: F.add_layer_norm(x, x, [4], eps=None), TypeError, "eps is None, accepted is a number"),
+        (lambda x: F.add_rms_norm(x, x, [4], eps="a"), TypeError, "eps is 'a', accepted is a number"),
         (lambda x: F.add_layer_norm(x[0, 0], x[0, 0], []), RuntimeError, "input has shape"),
         (lambda x: torch.ops.dlops.rms_norm(x, x[0, :2], 1e-6), RuntimeError, r"weight has shape \(2,\)"),
         (lambda x: norm.layer_norm(x, None, x[0, :2], 1e-6), RuntimeError, r"bias has shape \(2,\)"),
@@ -194,3 +210,64 @@ def test_modules_share_torch_state_dicts() -> None:
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("rows", [2, 20_000])
+@pytest.mark.parametrize("function", [F.add_rms_norm, F.add_layer_norm])
+def test_arguments_of_other_types(function: Any, rows: int) -> None:
+    """Named, whichever path the size leads to."""
+    x = torch.randn(rows, 4)
+    for args, message in [
+        ((None, x, [4]), "input is of type NoneType, accepted is a Tensor"),
+        ((x, None, [4]), "residual is of type NoneType, accepted is a Tensor"),
+        ((x, 1.0, [4]), "residual is of type float"),
+        ((x, x, [4], [1.0] * 4), "weight is of type list, accepted is a Tensor or None"),
+        ((x, x, 4), "normalized_shape is 4, accepted is a sequence of ints"),
+        ((x, x, None), "normalized_shape is None"),
+        ((x, x, [4.0]), r"normalized_shape is \[4.0\]|element of type float"),
+        ((x, x, "4"), "normalized_shape is '4'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            function(*args)
+
+
+@pytest.mark.parametrize("rows", [2, 20_000])
+@pytest.mark.parametrize("function", [F.add_rms_norm, F.add_layer_norm])
+def test_the_sum_needs_no_gradient_of_a_parameter(function: Any, rows: int) -> None:
+    x, residual, weight = torch.randn(rows, 4), torch.randn(rows, 4), torch.randn(4, requires_grad=True)
+    normed, total = function(x, residual, [4], weight)
+    assert normed.requires_grad and not total.requires_grad
+    normed, total = function(x, residual.requires_grad_(), [4], weight)
+    assert normed.requires_grad and total.requires_grad
+    with torch.no_grad():
+        assert not function(x, residual, [4], weight)[1].requires_grad
+
+
+@pytest.mark.parametrize("rows", [2, 20_000])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_the_fused_follow_the_unfused_under_autocast(name: str, rows: int, device: str) -> None:
+    half, full = torch.randn(rows, 4, device=device).bfloat16(), torch.randn(rows, 4, device=device)
+    for x, residual, weight in (
+        (half, half, full[0]),
+        (half, half, half[0]),
+        (half, full, full[0]),
+        (full, full, None),
+    ):
+        with torch.autocast(device, torch.bfloat16):
+            total = x + residual
+            expected = getattr(F, name)(total, [4], weight), total
+            found = getattr(F, f"add_{name}")(x, residual, [4], weight)
+        torch.testing.assert_close(found, expected)
+
+
+def test_nested_tensors_are_torchs_to_serve() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)])
+    weight, bias = torch.randn(8), torch.randn(8)
+    found = F.layer_norm(nested, [8], weight, bias)
+    for ours, row in zip(found.unbind(), nested.unbind(), strict=True):
+        torch.testing.assert_close(ours, torch.nn.functional.layer_norm(row, [8], weight, bias))
+    with pytest.raises(ValueError, match="requires weight and bias"):
+        F.layer_norm(nested, [8])
+    for function in (F.add_rms_norm, F.add_layer_norm):
+        with pytest.raises(NotImplementedError, match="input is a nested or sparse tensor"):
+            function(nested, nested, [8])

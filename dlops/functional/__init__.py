@@ -21,6 +21,7 @@ from dlops.functional.linear_scan import linear_scan
 from dlops.functional.scan import selective_scan
 from dlops.functional.ssd_scan import ssd_scan
 from dlops.functional.state_update import causal_conv1d_update, selective_state_update
+from dlops.ops._check import FLOATING, Arguments
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
 from dlops.ops.linear import gated_linear as gated_op
@@ -97,7 +98,7 @@ def _plain(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:
     for bias in biases:
         if bias is None:
             continue
-        if bias.dim() != 1 or bias.numel() != features or bias.dtype != dtype or bias.device != device:
+        if bias.dim() != 1 or bias.numel() != features or bias.dtype is not dtype or bias.device != device:
             return False
     if dtype not in _FLOATS:
         return dtype == torch.float64
@@ -256,7 +257,7 @@ def rms_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.rms_norm`: input (..., *normalized_shape), weight normalized_shape or None; eps None
     is the epsilon of the dtype that the norm is computed in."""
-    dims = _norm_dims(input, normalized_shape, (weight,), eps)
+    dims = _norm_dims(input, normalized_shape, (weight,), 0.0 if eps is None else eps)
     if dims == 0:
         return F.rms_norm(input, normalized_shape, weight, eps)
     y = rms_norm_op(_flat(input, dims), _flat(weight, dims), _eps(input, eps))[0]
@@ -298,9 +299,19 @@ def add_rms_norm(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: a negative eps.
+        TypeError: what is no tensor, sequence of ints or number.
     """
-    dims = _checked_dims("add_rms_norm", input, residual, normalized_shape, weight)
-    y, total, _ = add_rms_norm_op(_flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps))
+    try:
+        dims = _fused_dims(input, residual, normalized_shape, weight)
+        if _splits(input, residual, weight):
+            total = input + residual
+            return rms_norm(total, list(normalized_shape), weight, eps), total
+        y, total, _ = add_rms_norm_op(_flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps))
+    except _ERRORS:
+        eps = 0.0 if eps is None else eps
+        _check_fused("add_rms_norm", input, residual, normalized_shape, eps, weight=weight)
+        raise
+    total = _own_graph(total, input, residual)
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
 
@@ -317,18 +328,21 @@ def add_layer_norm(
     Returns:
         ``(normed, sum)``: layer_norm(input + residual) and input + residual, both shaped like input.
     """
-    if _small_row(input, residual, normalized_shape, weight, bias, eps):
-        try:
+    try:
+        if _small_row(input, residual, normalized_shape, weight, bias, eps):
             total = input + residual
             return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
-        except RuntimeError:
-            _checked_dims("add_layer_norm", input, residual, normalized_shape, weight, bias)
-            add_layer_norm_op.check(input, residual, weight, bias, eps)
-            raise
-    dims = _checked_dims("add_layer_norm", input, residual, normalized_shape, weight, bias)
-    y, total, *_ = add_layer_norm_op(
-        _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _flat(bias, dims), eps
-    )
+        dims = _fused_dims(input, residual, normalized_shape, weight, bias)
+        if _splits(input, residual, weight, bias):
+            total = input + residual
+            return layer_norm(total, list(normalized_shape), weight, bias, eps), total
+        y, total, *_ = add_layer_norm_op(
+            _flat(input, dims), _flat(residual, dims), _flat(weight, dims), _flat(bias, dims), eps
+        )
+    except _ERRORS:
+        _check_fused("add_layer_norm", input, residual, normalized_shape, eps, weight=weight, bias=bias)
+        raise
+    total = _own_graph(total, input, residual)
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
 
@@ -360,15 +374,15 @@ def _small_row(
     )
 
 
-def _norm_dims(
-    x: Tensor, normalized_shape: Sequence[int], parameters: Sequence[Tensor | None], eps: float | None
-) -> int:
+def _norm_dims(x: Tensor, normalized_shape: Sequence[int], parameters: Sequence[Tensor | None], eps: float) -> int:
     """How many trailing dimensions the op normalises; 0 where torch's own function serves, or rejects, the call."""
     if not _a_tensor(x) or not isinstance(normalized_shape, (list, tuple)) or _wraps(x):
         return 0
     dims = len(normalized_shape)
     shape = x.shape[-dims:]
     if dims == 0 or x.dim() < dims or shape != tuple(normalized_shape) or float in map(type, normalized_shape):
+        return 0
+    if not isinstance(eps, (float, int)):
         return 0
     forced = backend.forced()
     kernels = forced is not None and forced != "torch"
@@ -381,7 +395,7 @@ def _norm_dims(
             return 0
     if kernels:
         return dims
-    if eps is not None and not eps >= 0:
+    if not eps >= 0:
         return 0
     # A GPU's norms are unmeasured: torch's fused ones run there.
     if forced is None and not (x.is_cpu and CPU_KERNELS and x.dtype in _FLOATS):
@@ -390,27 +404,62 @@ def _norm_dims(
 
 
 def _wraps(x: Tensor) -> bool:
-    """Whether x is a nested, distributed or similar tensor, which torch's own functions have rules for."""
+    """Whether x is a nested, sparse, distributed or similar tensor, which torch's own functions have rules for."""
+    if x.is_nested or x.layout is not torch.strided:
+        return True
     return type(x) is not Tensor and is_traceable_wrapper_subclass(x) and not torch.compiler.is_compiling()
 
 
-def _checked_dims(
-    name: str, x: Tensor, residual: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None
-) -> int:
-    dims = len(normalized_shape)
-    shape = tuple(normalized_shape)
-    if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != shape:
-        raise RuntimeError(
-            f"{name}: input has shape {tuple(x.shape)}, accepted is (..., *normalized_shape) with {shape}"
-        )
-    if residual.shape != x.shape:
-        raise RuntimeError(f"{name}: residual has shape {tuple(residual.shape)}, accepted is {tuple(x.shape)}")
+def _fused_dims(x: Tensor, residual: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> int:
+    """How many trailing dimensions the op normalises."""
+    dims, shape = len(normalized_shape), x.shape
+    row = shape[-dims:]
+    fits = dims > 0 and row == tuple(normalized_shape) and float not in map(type, normalized_shape)
+    fits = fits and residual.shape == shape
     for parameter in parameters:
-        if parameter is not None and tuple(parameter.shape) != shape:
-            raise RuntimeError(
-                f"{name}: weight or bias has shape {tuple(parameter.shape)}, accepted is normalized_shape, {shape}"
-            )
+        fits = fits and (parameter is None or parameter.shape == row)
+    if not fits:
+        raise RuntimeError("the shapes do not fit together")  # which do not, _check_fused says
     return dims
+
+
+def _check_fused(
+    op: str, input: Tensor, residual: Tensor, normalized_shape: Sequence[int], eps: float, **parameters: Tensor | None
+) -> None:
+    """Name the argument that made a norm of a sum fail."""
+    _check_types(op, {"input": input, "residual": residual}, **parameters)
+    if not isinstance(normalized_shape, Sequence) or not all(hasattr(size, "__index__") for size in normalized_shape):
+        raise TypeError(f"{op}: normalized_shape is {normalized_shape!r}, accepted is a sequence of ints")
+    if not hasattr(eps, "__float__"):
+        raise TypeError(f"{op}: eps is {eps!r}, accepted is a number")
+    if input.is_nested or input.layout is not torch.strided:
+        raise NotImplementedError(f"{op}: input is a nested or sparse tensor, accepted are dense ones")
+    if input.dtype not in FLOATING:
+        raise RuntimeError(f"{op}: input has dtype {input.dtype}, accepted are float32, bfloat16, float16 and float64")
+    shape = tuple(normalized_shape)
+    if not shape or input.shape[-len(shape) :] != shape:
+        raise RuntimeError(
+            f"{op}: input has shape {tuple(input.shape)}, accepted is (..., *normalized_shape) with {shape}"
+        )
+    arguments = Arguments(op, "input", input)
+    dtypes = tuple(FLOATING) if torch.is_autocast_enabled(input.device.type) else input.dtype
+    arguments.check("residual", residual, dtypes, ("input's shape", input.shape))
+    for name, parameter in parameters.items():
+        arguments.check(name, parameter, dtypes, ("normalized_shape", shape))
+
+
+def _splits(x: Tensor, residual: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether autocast gives the sum or the norm of it another dtype than the op, which casts all its arguments to one:
+    halves are normalised in float32 on a GPU, and with parameters of any dtype on a CPU."""
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+        return False
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return dtype.itemsize == 2 and not (x.is_cpu and all(p is None or p.dtype == dtype for p in parameters))
+
+
+def _own_graph(total: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+    """The sum, which needs no gradient where only the norm's parameters do: autograd marks all outputs of an op."""
+    return total.detach() if total.requires_grad and not (x.requires_grad or residual.requires_grad) else total
 
 
 def _flat(x: Tensor | None, dims: int) -> Any:
