@@ -303,7 +303,7 @@ def add_rms_norm(
     """
     try:
         dims = _fused_dims(input, residual, normalized_shape, weight)
-        if _splits(input, residual, weight):
+        if torch._C._is_any_autocast_enabled() and _splits(input, residual, weight):
             total = input + residual
             return rms_norm(total, list(normalized_shape), weight, eps), total
         y, total, _ = add_rms_norm_op(_flat(input, dims), _flat(residual, dims), _flat(weight, dims), _eps(input, eps))
@@ -311,7 +311,8 @@ def add_rms_norm(
         eps = 0.0 if eps is None else eps
         _check_fused("add_rms_norm", input, residual, normalized_shape, eps, weight=weight)
         raise
-    total = _own_graph(total, input, residual)
+    if total.requires_grad:
+        total = _own_graph(total, input, residual)
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
 
@@ -333,7 +334,7 @@ def add_layer_norm(
             total = input + residual
             return F.layer_norm(total, list(normalized_shape), weight, bias, eps), total
         dims = _fused_dims(input, residual, normalized_shape, weight, bias)
-        if _splits(input, residual, weight, bias):
+        if torch._C._is_any_autocast_enabled() and _splits(input, residual, weight, bias):
             total = input + residual
             return layer_norm(total, list(normalized_shape), weight, bias, eps), total
         y, total, *_ = add_layer_norm_op(
@@ -342,7 +343,8 @@ def add_layer_norm(
     except _ERRORS:
         _check_fused("add_layer_norm", input, residual, normalized_shape, eps, weight=weight, bias=bias)
         raise
-    total = _own_graph(total, input, residual)
+    if total.requires_grad:
+        total = _own_graph(total, input, residual)
     return (y, total) if dims == 1 else (y.view(input.shape), total.view(input.shape))
 
 
@@ -382,8 +384,6 @@ def _norm_dims(x: Tensor, normalized_shape: Sequence[int], parameters: Sequence[
     shape = x.shape[-dims:]
     if dims == 0 or x.dim() < dims or shape != tuple(normalized_shape) or float in map(type, normalized_shape):
         return 0
-    if not isinstance(eps, (float, int)):
-        return 0
     forced = backend.forced()
     kernels = forced is not None and forced != "torch"
     for parameter in parameters:
@@ -395,7 +395,10 @@ def _norm_dims(x: Tensor, normalized_shape: Sequence[int], parameters: Sequence[
             return 0
     if kernels:
         return dims
-    if not eps >= 0:
+    try:
+        if not eps >= 0:
+            return 0
+    except TypeError:  # no number
         return 0
     # A GPU's norms are unmeasured: torch's fused ones run there.
     if forced is None and not (x.is_cpu and CPU_KERNELS and x.dtype in _FLOATS):
@@ -451,7 +454,7 @@ def _check_fused(
 def _splits(x: Tensor, residual: Tensor, *parameters: Tensor | None) -> bool:
     """Whether autocast gives the sum or the norm of it another dtype than the op, which casts all its arguments to one:
     halves are normalised in float32 on a GPU, and with parameters of any dtype on a CPU."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(x.device.type):
         return False
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return dtype.itemsize == 2 and not (x.is_cpu and all(p is None or p.dtype == dtype for p in parameters))
@@ -459,7 +462,7 @@ def _splits(x: Tensor, residual: Tensor, *parameters: Tensor | None) -> bool:
 
 def _own_graph(total: Tensor, x: Tensor, residual: Tensor) -> Tensor:
     """The sum, which needs no gradient where only the norm's parameters do: autograd marks all outputs of an op."""
-    return total.detach() if total.requires_grad and not (x.requires_grad or residual.requires_grad) else total
+    return total if x.requires_grad or residual.requires_grad else total.detach()
 
 
 def _flat(x: Tensor | None, dims: int) -> Any:
