@@ -11,6 +11,7 @@ code does not name them, or its own trace does not call them. And nothing that a
 import contextlib
 import copy
 import dis
+import functools
 import gc
 import inspect
 import itertools
@@ -234,7 +235,7 @@ class Prover:
                 if any(loads.count[name] > 1 for name in direct):
                     raise Unproven(f"several methods of {type(above).__name__} use {self.names[module]}")
                 continue
-            named = any(loads.count[name] for name in direct) or through & loads.escapes
+            named = any(loads.count[name] or name in loads.of_helpers for name in direct) or through & loads.escapes
             if (
                 (named or loads.reaches or "forward" in vars(above))
                 and _has_forward(above)
@@ -287,6 +288,7 @@ class _Loads:
         functions: its functions, unwrapped, by name; without those that only initialise.
         count: how many of its functions load each attribute.
         escapes: the attributes that they do not merely call.
+        of_helpers: the attributes that functions load which these lead to, of whatever is passed to them.
         reaches: whether ``forward``, or a method it leads to, may get at modules without naming them.
     """
 
@@ -307,6 +309,7 @@ class _Loads:
         self._loads = loads = {name: set(_attribute_loads(code)) for name, code in codes.items()}
         self.count = Counter(name for found in loads.values() for name in {name for name, _ in found})
         self.escapes = {name for found in loads.values() for name, is_call in found if not is_call}
+        self.of_helpers = set(itertools.chain.from_iterable(map(_loads_of_helpers, self.functions.values())))
         led_to = ["forward"]
         for method in led_to:
             led_to += [name for name, _ in loads.get(method, ()) if name in codes and name not in led_to]
@@ -557,6 +560,27 @@ def _referents(value: object) -> Iterable[object]:
         loaded = (value.__globals__[name] for name in names if name in value.__globals__)
         return (value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value), *loaded)
     return gc.get_referents(value)
+
+
+@functools.lru_cache(256)
+def _loads_of_helpers(function: FunctionType) -> frozenset[str]:
+    """The attributes that the functions load which a function refers to, and those that these refer to."""
+    helpers = [function]
+    for helper in helpers:
+        found = (inspect.unwrap(x) for x in _referents(helper) if isinstance(x, FunctionType))
+        helpers += [x for x in found if isinstance(x, FunctionType) and x not in helpers]
+    codes = (helper.__code__ for helper in helpers[1:] if not _is_library(helper.__globals__))
+    return frozenset(name for code in codes for name in _named_attributes(code))
+
+
+def _named_attributes(code: CodeType) -> Iterator[str]:
+    """The attributes that code loads by an instruction."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _named_attributes(constant)
 
 
 def _global_loads(code: CodeType) -> set[str]:

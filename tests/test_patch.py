@@ -293,6 +293,21 @@ class TapBeside(nn.Module):
         return self.tap(x) + self.net(x)
 
 
+def hidden_of(feed_forward: FeedForward, x: Tensor) -> Tensor:
+    return feed_forward.fc(x)
+
+
+class Helped(nn.Module):
+    """A function takes the linear's output from outside the module that holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = FeedForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hidden_of(self.ff, x) + self.ff(x)
+
+
 TAPS: list[nn.Module] = []
 
 
@@ -532,6 +547,7 @@ LOOKALIKES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "method of the linear": (lambda: Tap(lambda m: m.net[0].forward, lambda p, x: p(x)), "Tap.probe holds net"),
     "weak reference": (lambda: Tap(lambda m: weakref.ref(m.net[0]), lambda p, x: p()(x)), "Tap.probe holds net.0"),
+    "function that calls it": (Helped, "Helped.forward calls ff.fc itself"),
     "linear in an object beside": (TapBeside, "Tap.probe holds net.0"),
     "linear in a global": (TapsGlobal, "TapsGlobal.tap holds net.0"),
     "parent keeps the linear": (Stashes, "Stashes.taps holds net.0 too"),
