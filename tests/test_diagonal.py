@@ -191,6 +191,7 @@ def test_a_bidirectional_layer_does_not_decode() -> None:
         (lambda A, C, dt, B: F.s4d_kernel(A, C[:4], dt, 5), r"C has shape \(4, 7\), accepted is A's, \(5, 7\)"),
         (lambda A, C, dt, B: F.s4d_kernel(A, C, dt[:4], 5), r"dt has shape \(4,\), accepted is \(dim,\) = \(5,\)"),
         (lambda A, C, dt, B: F.s4d_kernel(A, C, dt, 5, B[:, :1]), r"B has shape \(5, 1\)"),
+        (lambda A, C, dt, B: F.s4d_kernel(A, C, dt, -1), "seqlen is -1, accepted are numbers >= 0"),
         (lambda A, C, dt, B: F.fft_conv1d(torch.rand(2, 3, 5), torch.rand(3, 4)), r"kernel \(3, 4\), accepted are"),
         (lambda A, C, dt, B: F.fft_conv1d(torch.rand(2, 3, 5), torch.rand(3, 5), dt), r"D has shape \(5,\), acc"),
     ],

@@ -354,6 +354,8 @@ def call(**changes: Any) -> Any:
         ({"initial_states": torch.rand(1, 6, 3, 4)}, RuntimeError, r"\(batch, nheads, headdim, dstate\) = \(2, 6, 3,"),
         ({"cu_seqlens": torch.tensor([0, 5])}, RuntimeError, "x has batch 2, accepted is 1 with cu_seqlens"),
         ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "from 0 to 5"),
+        ({"seq_idx": torch.zeros(2, 5)}, RuntimeError, "seq_idx has dtype torch.float32"),
+        ({"seq_idx": torch.zeros(5, 0).int()}, RuntimeError, r"seq_idx has shape \(5, 0\), accepted is \(batch"),
         (
             {"seq_idx": torch.zeros(2, 4).int()},
             RuntimeError,
