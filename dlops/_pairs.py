@@ -384,12 +384,15 @@ class _Tracer(fx.Tracer):
 
     def record(self, module: Module, arguments: dict[str, object]) -> fx.Graph:
         """The graph of a module's forward; raises ValueError where another call might take another way through it."""
-        profile = sys.getprofile()
+        profile, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # its callbacks and finalizers (hypothesis has one) would seem to be called by the forward
         sys.setprofile(self._watch)
         try:
             graph = self.trace(module, arguments or None)
         finally:
             sys.setprofile(profile)
+            if collects:
+                gc.enable()
         self._mark_kept()
         if any(node.op == "placeholder" and str(node.target).startswith("**") and node.users for node in graph.nodes):
             self._stopped_by = "optional arguments that its signature does not name"

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import io
 import itertools
 import numbers
@@ -623,6 +624,26 @@ def test_optional_arguments_of_a_fused_parent() -> None:
     reference = copy.deepcopy(model)
     assert fused(patch(model)) == ["Linear -> gelu"]
     assert_same(model, reference, torch.randn(3, 8), mask=torch.randn(3, 8), scaled=True)
+
+
+def test_callbacks_of_the_garbage_collector_are_not_the_forward() -> None:
+    def catches(phase: str, info: dict[str, int]) -> None:
+        try:
+            info["missing"]
+        except KeyError:
+            calls.append(phase)
+
+    calls: list[str] = []
+    gc.callbacks.append(catches)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        assert fused(patch(FeedForward())) == ["Linear -> gelu"]
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(catches)
+    assert calls
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
