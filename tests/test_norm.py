@@ -205,6 +205,7 @@ def test_modules_share_torch_state_dicts() -> None:
         (lambda x: torch.ops.dlops.rms_norm(x, x[0, :2], 1e-6), RuntimeError, r"weight has shape \(2,\)"),
         (lambda x: norm.layer_norm(x, None, x[0, :2], 1e-6), RuntimeError, r"bias has shape \(2,\)"),
         (lambda x: norm.layer_norm(x[0, 0], None, None, 1e-6), RuntimeError, "0-dimensional"),
+        (lambda x: norm.rms_norm(x, None, "a"), TypeError, "rms_norm: eps is 'a', accepted is a number"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:

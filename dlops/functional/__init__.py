@@ -21,7 +21,7 @@ from dlops.functional.linear_scan import linear_scan
 from dlops.functional.scan import selective_scan
 from dlops.functional.ssd_scan import ssd_scan
 from dlops.functional.state_update import causal_conv1d_update, selective_state_update
-from dlops.ops._check import FLOATING, Arguments
+from dlops.ops._check import FLOATING, Arguments, check_eps
 from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
 from dlops.ops.linear import gated_linear as gated_op
@@ -433,8 +433,7 @@ def _check_fused(
     _check_types(op, {"input": input, "residual": residual}, **parameters)
     if not isinstance(normalized_shape, Sequence) or not all(hasattr(size, "__index__") for size in normalized_shape):
         raise TypeError(f"{op}: normalized_shape is {normalized_shape!r}, accepted is a sequence of ints")
-    if not hasattr(eps, "__float__"):
-        raise TypeError(f"{op}: eps is {eps!r}, accepted is a number")
+    check_eps(op, eps)
     if input.is_nested or input.layout is not torch.strided:
         raise NotImplementedError(f"{op}: input is a nested or sparse tensor, accepted are dense ones")
     if input.dtype not in FLOATING:

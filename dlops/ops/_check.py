@@ -31,6 +31,8 @@ def check_shape(op: str, name: str, tensor: Tensor | None, accepted: torch.Size)
 
 
 def check_eps(op: str, eps: float) -> None:
+    if not hasattr(eps, "__float__"):
+        raise TypeError(f"{op}: eps is {eps!r}, accepted is a number")
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, accepted are numbers >= 0")
 
