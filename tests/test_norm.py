@@ -202,6 +202,7 @@ def test_modules_share_torch_state_dicts() -> None:
         (lambda x: F.add_layer_norm(x, x, [4], eps=None), TypeError, "eps is None, accepted is a number"),
         (lambda x: F.add_rms_norm(x, x, [4], eps="a"), TypeError, "eps is 'a', accepted is a number"),
         (lambda x: F.add_layer_norm(x[0, 0], x[0, 0], []), RuntimeError, "input has shape"),
+        (lambda x: F.add_layer_norm(x[0, 0], x[0, 0], [4]), RuntimeError, "input has shape"),
         (lambda x: torch.ops.dlops.rms_norm(x, x[0, :2], 1e-6), RuntimeError, r"weight has shape \(2,\)"),
         (lambda x: norm.layer_norm(x, None, x[0, :2], 1e-6), RuntimeError, r"bias has shape \(2,\)"),
         (lambda x: norm.layer_norm(x[0, 0], None, None, 1e-6), RuntimeError, "0-dimensional"),

@@ -272,8 +272,10 @@ def layer_norm(
     eps: float = 1e-05,
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`: input (..., *normalized_shape), weight and bias normalized_shape."""
-    dims = _norm_dims(input, normalized_shape, (weight, bias), eps)
-    if dims == 0 or _small(input, _SMALL_NORM):
+    dims = 0
+    if not (type(input) is Tensor and _small(input, _SMALL_NORM)):
+        dims = _norm_dims(input, normalized_shape, (weight, bias), eps)
+    if dims == 0:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y = layer_norm_op(_flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps)[0]
     return y if dims == 1 else y.view(input.shape)
@@ -366,7 +368,7 @@ def _small_row(
     return (
         _small(x, _SMALL_ADD_NORM)
         and shape == residual.shape
-        and [*shape[-1:]] == [*normalized_shape]
+        and shape[-1:] == tuple(normalized_shape)
         and dtype in _FLOATS
         and dtype == residual.dtype
         and (weight is None or weight.dtype == dtype)
