@@ -149,7 +149,7 @@ def selective_scan(
     groups, chunk = groups_of(B, C), chunk_length(states)
     y = empty_in_layout_of(u)
     last = states_from(initial_state, A, batch, cu_seqlens)
-    shape = (batch, triton.cdiv(steps, chunk), dim, states) if save else (0,)
+    shape = (batch, triton.cdiv(steps, chunk) * dim, states) if save else (0,)
     checkpoints = torch.empty(shape, dtype=torch.float32, device=u.device)
     B, C = (x if x.dim() == 4 else x.contiguous() for x in (B, C))
     # fmt: off

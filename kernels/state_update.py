@@ -1,7 +1,7 @@
 """Decoding steps of state space models, on states that advance in place: the selective scan's and the convolution's.
 
 B batch elements, H heads of P channels of N states; D channels, W taps, L new steps, S steps kept. A program has some
-channels of one batch element (and head). An entry that is not there is zeros, and is not kept.
+channels of one batch element (and head). The result of a batch element that has no entry is zero.
 """
 
 from typing import NamedTuple
@@ -31,12 +31,13 @@ STEPS = 16  # of the convolution's programs at a time
 
 @triton.jit
 def entry_of(indices, batch, entries, count):
-    """The batch element's entry of a state, and how many of its `count` places there are: none of one not there."""
+    """The batch element's entry of a state, whether there is one, and how many of its `count` places there are."""
     if indices is None:
-        return batch, count
+        return batch, batch >= 0, count
     else:
         entry = tl.load(indices + batch).to(tl.int64)
-        return entry, tl.where(entry < 0, 0, tl.where(entry < entries, count, 0))
+        exists = (entry >= 0) & (entry < entries)
+        return entry, exists, tl.where(exists, count, 0)
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def scan_update_kernel(
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     there = p < channels
     mask = there[:, None] & (n < states)[None, :]
-    entry, count = entry_of(indices, batch, entries, states)
+    entry, exists, count = entry_of(indices, batch, entries, states)
     kept = there[:, None] & (n < count)[None, :]
     state += entry * stride_se + head * stride_sh + p[:, None] * stride_sp + n[None, :] * stride_sn
     h = tl.load(state, mask=kept, other=0.0).to(tl.float32)
@@ -121,6 +122,7 @@ def scan_update_kernel(
     if z is not None:
         gate = load_channels(z + batch * stride_zb + head * stride_zh + p * stride_zp, there)
         out *= activate(gate, 0.0, 0.0, "silu")
+    out = tl.where(exists, out, 0.0)
     tl.store(y + row.to(tl.int64) * channels + p, rounded(out, y.dtype.element_ty), mask=there)
 
 
@@ -160,7 +162,7 @@ def conv_update_kernel(
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     d = (tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     there = (d < channels)[:, None]
-    entry, count = entry_of(indices, batch, entries, length)
+    entry, exists, count = entry_of(indices, batch, entries, length)
     x += batch * stride_xb + d[:, None] * stride_xd
     y += batch * stride_yb + d[:, None] * stride_yd
     state += entry * stride_se + d[:, None] * stride_sd
@@ -182,7 +184,7 @@ def conv_update_kernel(
             place = (oldest + length + before) % places
             value += load_channels(state + place * stride_ss, mask & (before < 0) & (place < count))
             acc += value * load_channels(weight + k * stride_ww, there)
-        acc = activate(acc, 0.0, 0.0, ACTIVATION)
+        acc = tl.where(exists, activate(acc, 0.0, 0.0, ACTIVATION), 0.0)
         tl.store(y + t * stride_yl, rounded(acc, y.dtype.element_ty), mask=mask)
 
     # The state's i-th step becomes the one that is `steps` after it. In a circular buffer only new ones are written.

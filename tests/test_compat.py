@@ -84,6 +84,14 @@ def test_causal_conv1d_fn(activation: str | None, states: bool) -> None:
     torch.testing.assert_close(y, conv(x, weight, bias, None, silu)[0])
 
 
+def test_causal_conv1d_fn_of_narrower_weights() -> None:
+    x, weight, bias = torch.randn(2, 6, 9), torch.randn(6, 4).bfloat16().requires_grad_(), torch.randn(6).bfloat16()
+    y = causal_conv1d.causal_conv1d_fn(x, weight, bias, activation="silu")
+    assert isinstance(y, Tensor)
+    torch.testing.assert_close(y, causal_conv1d.causal_conv1d_fn(x, weight.float(), bias.float(), activation="silu"))
+    assert torch.autograd.grad(y.sum(), weight)[0].dtype == torch.bfloat16
+
+
 def test_causal_conv1d_fn_keeps_sequences_apart() -> None:
     x, weight = torch.randn(1, 6, 9), torch.randn(6, 4)
     index = torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)
@@ -213,6 +221,38 @@ def test_selective_state_update(heads: bool) -> None:
             assert not found.requires_grad
             torch.testing.assert_close(found.reshape(2, 6), y[..., t])
     torch.testing.assert_close((state.reshape(2, 6, 4), pool[picked.long()]), (last, state))
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "dt_dtype", "coefficient_dtype", "state_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32, torch.float32, torch.float16),
+        (torch.float16, torch.float16, torch.float16, torch.bfloat16),
+    ],
+)
+def test_selective_state_update_of_several_dtypes(
+    x_dtype: torch.dtype, dt_dtype: torch.dtype, coefficient_dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    """The one head may be a dimension of the state alone; batch elements of negative indices are padding."""
+    x, dt, z = torch.randn(2, 6).to(x_dtype), torch.rand(2, 6).to(dt_dtype), torch.randn(2, 6).to(x_dtype)
+    B, C = torch.randn(2, 2, 4).to(coefficient_dtype)
+    A, D, bias = -torch.rand(6, 4), torch.randn(6), torch.rand(6)
+    state = torch.randn(3, 1, 6, 4).to(state_dtype)
+    expected = state[:2, 0].to(torch.float32, copy=True)
+    y = mamba_ssm.selective_state_update(
+        expected, x.float(), dt.float(), A, B.float(), C.float(), D, z.float(), bias, True
+    )
+    last, picked = state[2].clone(), torch.tensor([1, -1], dtype=torch.int32)
+    alone = state[:2, 0].flip(0).clone()
+    found = mamba_ssm.selective_state_update(state[:2], x, dt, A, B, C, D, z, bias, True)
+    torch.testing.assert_close(found, y.to(x_dtype))
+    torch.testing.assert_close(state[:2, 0], expected.to(state_dtype))
+    assert torch.equal(state[2], last)
+    padded = mamba_ssm.selective_state_update(alone, x, dt, A, B, C, D, z, bias, True, picked)
+    assert torch.equal(padded[0], found[0]) and not padded[1].any()
+    assert torch.equal(alone[1], state[0, 0])
 
 
 def inner(

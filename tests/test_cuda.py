@@ -106,6 +106,19 @@ def test_more_rows_than_run_at_once(width: int, device: str) -> None:
     check(linear.linear_act_backward, make(2200, width), make(2200, 2), make(width, 2), x, "gelu", [], [True] * 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_takes_several_rows(dtype: torch.dtype, device: str) -> None:
+    """One after the other: a row of several warps, and one beyond the first chunk."""
+    make = Make(dtype, device)
+    with torch.no_grad():
+        for rows, width in ((300, 600), (140, 8200)):
+            check(norm.layer_norm, make(rows, width), make(width), make(width), 1e-5)
+    for rows, width in ((20, 600), (9, 8200), (9, 16_400)):
+        layer, rms = backward_args(make, rows, width)
+        check(norm.layer_norm_backward, *layer)
+        check(norm.rms_norm_backward, *rms)
+
+
 def test_one_outlier_in_the_first_chunk_keeps_the_variance(device: str) -> None:
     x = torch.randn(2, 20_000, device=device)
     x[:, 0] = 1e4

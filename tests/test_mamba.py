@@ -101,6 +101,35 @@ def test_decodes_under_autocast(name: str) -> None:
     assert max(error_ratio(torch.cat([prefix, torch.stack(steps, 1)], 1), whole, exact)) <= RATIO
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_on_a_sequence_in_pieces(name: str) -> None:
+    """Truncated backpropagation through time: states go on from piece to piece, gradients do not."""
+    model, _ = twins(name)
+    tokens = torch.randint(31, (2, 20))
+    states, found = model.initial_states(2), []
+    for piece in tokens.split(10, 1):
+        logits = model(piece, states)
+        found.append((logits, torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(torch.cat([logits for logits, _ in found], 1), model(tokens))
+    alone = torch.autograd.grad(model(tokens[:, :10]).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found[0][1], alone)
+    assert all(gradient.isfinite().all() for gradient in found[1][1])
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "S4D", "S5"])
+def test_one_exported_graph_serves_every_length(name: str) -> None:
+    model = twins(name)[0] if name in MODELS else getattr(models, name)(6, 8)
+
+    def example(seqlen: int) -> Tensor:
+        return torch.randint(31, (2, seqlen)) if name in MODELS else torch.randn(2, seqlen, 6)
+
+    lengths = {1: torch.export.Dim("seqlen", min=2, max=512)}
+    exported = torch.export.export(model, (example(9),), dynamic_shapes=(lengths,)).module()
+    for seqlen in (2, 64, 65, 200):
+        x = example(seqlen)
+        torch.testing.assert_close(exported(x), model(x))
+
+
 def test_trains_as_plain() -> None:
     """A periodic sequence is learnt, with the loss of the plain model at every step."""
     tokens = (torch.arange(40)[None] * 3 + torch.arange(4)[:, None]) % 7

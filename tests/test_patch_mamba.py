@@ -85,6 +85,18 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_autocast(name: str) -> None:
+    theirs = small(name)
+    ours, tokens = patched(theirs), torch.randint(1, 61, (2, 11))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (run(model, tokens, None) for model in (ours, theirs))
+        assert ours.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 14)
+    exact = run(copy.deepcopy(theirs).double(), tokens, None)
+    assert max(error_ratio(found[0].detach(), expected[0], exact[0])) <= RATIO
+    assert [gradient.dtype for gradient in found] == [gradient.dtype for gradient in expected]
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_greedy_generation_is_identical(name: str) -> None:
     theirs = small(name)
     ours, tokens = patched(theirs), torch.randint(1, 61, (3, 7))

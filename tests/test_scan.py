@@ -13,7 +13,7 @@ import dlops
 import dlops.functional as F
 from dlops import backend, testing
 from dlops.ops import scan
-from dlops.testing import Make, samples
+from dlops.testing import RATIO, Make, ratios, samples
 
 FLAGS = (
     "D",
@@ -140,6 +140,21 @@ def test_equal_to_the_sum_over_all_pairs_of_steps(name: str | None) -> None:
         delta, A = delta.abs(), -torch.rand(5, 3, dtype=dtype)
         with dlops.use_backend(name):
             torch.testing.assert_close(F.selective_scan(u, delta, A, B, C), reference(u, delta, A, B, C))
+
+
+@pytest.mark.parametrize("rate", [-0.01, 0.01], ids=["decaying", "growing"])
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_states_that_outlive_the_sequence(name: str, rate: float) -> None:
+    """An error of a decay that has a bias adds up; numpy's exp2, which Triton's interpreter takes, has one."""
+    draws = []
+    for _ in range(8):
+        u, delta = torch.randn(1, 4, 300), torch.rand(1, 4, 300)
+        B, C = torch.randn(2, 1, 1, 3, 300)
+        draws.append((u, delta, rate * torch.rand(4, 3), B, C, *[None] * 5, False, True))
+    if reason := backend.refusal(scan.selective_scan, name, draws[0]):
+        pytest.skip(reason)
+    for ratio in ratios(scan.selective_scan, draws, name):
+        assert max(ratio.largest, ratio.rms) <= RATIO, ratio
 
 
 @pytest.mark.parametrize("name", backend.BACKENDS)

@@ -139,6 +139,8 @@ def test_what_is_ordered_is_no_race(library: ctypes.CDLL, configure: Any, seed: 
     assert said == "" and out[:32].tolist() == [i ^ 8 if i < 16 else i for i in range(32)]
     said, out = run(library, "atomics", grid=5)
     assert said == "" and out[0] == 5 * 64 - 1
+    assert run(library, "load_of_a_copy", block=32)[0] == ""
+    assert run(library, "vector_of_ints", n=2, block=1, shared_bytes=64)[0] == ""
     said, out = run(library, "bytes")
     assert said == "" and out.view(torch.uint8)[:64].tolist() == [i ^ 1 for i in range(64)]
 
@@ -169,7 +171,7 @@ FAULTY = [
     ("outside_registers", {"n": 1}, r"index 4 is outside an array of type 'int \[4\]', at {values[n}"),
     (
         "misaligned",
-        {"n": 3},
+        {"n": 2},
         r"misaligned access: 0x\w+ is no address of type '(struct )?int4', which is aligned to 16 "
         "bytes, at {reinterpret}",
     ),
@@ -179,6 +181,21 @@ FAULTY = [
     ("disturbed_copy", {"n": 2}, r"read of 4 bytes, by {n == 2}, of what the copy_async at .*{<16>} writes and nobody"),
     ("disturbed_copy", {"n": 3}, r"write of 4 bytes, by {n == 3}, of what the copy_async at .*{<16>} reads or writes"),
     ("disturbed_copy", {"n": 4}, r"write of 4 bytes, by .*{<4>}, of what the copy_async at .*{<16>} reads or writes"),
+    ("overlong_copy", {"n": 20}, r"copy_async at .*{<16>}: 20 bytes of 16$"),
+    ("overlong_copy", {"n": -1}, r"copy_async at .*{<16>}: 18446744073709551615 bytes of 16$"),
+    (
+        "load_of_a_copy",
+        {"block": 32, "n": 1},
+        r"read of 16 bytes, by .*{load_matr}, of what the copy_async at .*{<16>} writes and nobody has waited for$",
+    ),
+    ("two_products", {"block": 32}, r"divergent mma_m16n8k16: lane \d+ calls another form of it than lane 0$"),
+    ("two_loads", {"block": 32}, r"divergent load_matrices: lane 16 calls another form of it than lane 0$"),
+    ("vector_of_ints", {"n": 0}, r"misaligned access: 0x\w+ is no address of type .*int4', .* 16 bytes, at {n == 0}"),
+    (
+        "vector_of_ints",
+        {"n": 1, "shared_bytes": 64, "block": 1},
+        r"misaligned access: 0x\w+ is no address of type .*Wide', .* 32 bytes, at {n == 1}",
+    ),
     ("misaligned_atomic", {"n": 2}, r"misaligned atomic update: 0x\w+ is not aligned to 4 bytes, at {atomicAdd}"),
     (
         "divergent_shuffle",
@@ -264,7 +281,7 @@ library.run(sys.argv[2].encode(), 1, 64, 40, out, int(sys.argv[3]))
         ("before_begin", 64, "use-after-poison"),
         ("past_dynamic", 10, "use-after-poison"),
         ("outside_row", 64, "index 64 out of bounds for type 'int [64]'"),
-        ("misaligned", 3, "misaligned address"),
+        ("misaligned", 2, "misaligned address"),
     ],
 )
 def test_address_sanitizer_sees(library: ctypes.CDLL, name: str, n: int, message: str) -> None:
@@ -299,6 +316,11 @@ def test_a_launch_above_its_launch_bounds(library: ctypes.CDLL, configure: Any, 
     assert run(library, name, block=bound)[0] == ""
     message = f"kernel {name}: launched with {bound + 1} threads a block, and its __launch_bounds__ are {bound}"
     assert run(library, name, block=bound + 1)[0] == message
+
+
+def test_a_kernel_behind_one_with_launch_bounds(library: ctypes.CDLL, configure: Any) -> None:
+    assert run(library, "unbounded", block=256)[0] == ""
+    assert "__launch_bounds__ are 32" in run(library, "bounded_before")[0]
 
 
 class Params(ctypes.Structure):

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
   const int64_t chunks = p.chunks();
   Tensor y = allocate_steps(u);
   Tensor last_state = allocate(A, {p.sequences, p.dim, p.states}, ScalarType::Float);
-  const Sizes saved{p.batch, chunks, p.dim, p.states};
+  const Sizes saved{p.batch, chunks * p.dim, p.states};
   Tensor checkpoints = save ? allocate(A, saved, ScalarType::Float) : absent(A);
   p.y = output(y);
   p.last_state = last_state.mutable_data_ptr<float>();
@@ -61,7 +61,7 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
   const auto sizes = u.sizes();
   check_like("dy", dy, u, "u", &sizes);
   p.dy = view(dy);
-  const Sizes state{p.sequences, p.dim, p.states}, saved{p.batch, chunks, p.dim, p.states};
+  const Sizes state{p.sequences, p.dim, p.states}, saved{p.batch, chunks * p.dim, p.states};
   p.dlast_state = parameter(held, "dlast_state", dlast_state, ScalarType::Float, state, kDevice);
   p.checkpoints = parameter(held, "checkpoints", checkpoints, ScalarType::Float, saved, kDevice);
 

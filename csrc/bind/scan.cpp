@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(const Tensor& u, const Tensor&
       scan_of<DeviceType::CPU>(held, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus})};
   Tensor y = allocate_steps(u);
   Tensor last_state = allocate(A, {p.sequences, p.dim, p.states}, A.scalar_type());
-  const Sizes saved{p.batch, p.chunks(), p.dim, p.states};
+  const Sizes saved{p.batch, p.chunks() * p.dim, p.states};
   Tensor checkpoints = save ? allocate(A, saved, A.scalar_type()) : absent(A);
   p.y = output(y);
   p.last_state = static_cast<float*>(last_state.mutable_data_ptr());
@@ -62,7 +62,7 @@ Nine selective_scan_backward(const Tensor& dy, const Tensor& u, const Tensor& de
   check_like("dy", dy, u, "u", &sizes);
   p.dy = view(dy);
   p.dlast_state = parameter(held, "dlast_state", dlast_state, A.scalar_type(), {p.sequences, p.dim, p.states});
-  const Sizes saved{p.batch, p.chunks(), p.dim, p.states};
+  const Sizes saved{p.batch, p.chunks() * p.dim, p.states};
   p.checkpoints = parameter(held, "checkpoints", checkpoints, A.scalar_type(), saved);
 
   const auto& kernels = DLOPS_KERNELS(scan_kernels);

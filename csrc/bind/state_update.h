@@ -34,14 +34,14 @@ class StateUpdateOps {
     return strided(x->template const_data_ptr<float>(), *x, 1);
   }
 
-  // The entries that the batch elements have in a state.
+  // The entries that the batch elements have in a state; negative numbers name none.
   static const int32_t* entries(Held& held, const char* name, const OptionalTensor& indices, int64_t batch,
                                 int64_t count) {
     if (!indices) return nullptr;
     check_exact(name, *indices, ScalarType::Int, {batch}, Device::kType);
     const int32_t* data = held.data<int32_t>(*indices);
     for (int64_t i = 0; Device::kReadable && i < batch; ++i)
-      check(data[i] >= 0 && data[i] < count, name, ": expected numbers from 0 to ", count - 1, ", got ", data[i]);
+      check(data[i] < count, name, ": expected numbers up to ", count - 1, ", got ", data[i]);
     return data;
   }
 

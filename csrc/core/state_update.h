@@ -23,7 +23,7 @@ struct ScanUpdate {
   bool dt_softplus;
   Strided<void*> state;  // (entries, heads, channels, states)
   int64_t entries;
-  const int32_t* indices;  // (batch) entries, or null: element i has entry i
+  const int32_t* indices;  // (batch) entries, negative: none and y is 0; or null: element i has entry i
   Strided<void*> y;
 };
 
@@ -36,7 +36,7 @@ struct ConvUpdate {
   bool silu;
   Strided<void*> state;  // (entries, channels, state_len)
   int64_t entries;
-  const int32_t* indices;  // (batch) entries, or null: element i has entry i
+  const int32_t* indices;  // as those of ScanUpdate
   const int32_t* seen;     // (batch): a circular buffer, in which step t is kept at t % state_len; or null
   Strided<void*> y;
 };

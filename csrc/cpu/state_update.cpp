@@ -50,12 +50,21 @@ float advance_apart(const float* A, H* state, int64_t stride, float step, float 
   return sum;
 }
 
+// Whether a batch element has an entry of the state; y of one that has none is 0.
+bool has_entry(int64_t entry, int64_t entries) { return entry >= 0 && entry < entries; }
+
+template <class T>
+void zero(const Strided<void*>& y, int64_t i, int64_t j, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) *at<T>(y, i, j, k) = from_float<T>(0);
+}
+
 template <class T, class H, bool kSameA>
 void scan_task(const ScanUpdate& p, int64_t task) {
   const int64_t blocks = update_blocks(p.channels), first = task % blocks * kUpdateChannels;
   const int64_t head = task / blocks % p.heads, batch = task / blocks / p.heads;
   const int64_t entry = p.indices ? p.indices[batch] : batch;
   const int64_t last = first + kUpdateChannels < p.channels ? first + kUpdateChannels : p.channels;
+  if (!has_entry(entry, p.entries)) return zero<T>(p.y, batch, head, first, last);
   alignas(64) float B[kUpdateStates], C[kUpdateStates];
   stage<T>(p.B, batch, head / (p.heads / p.groups), p.states, B);
   stage<T>(p.C, batch, head / (p.heads / p.groups), p.states, C);
@@ -99,6 +108,10 @@ void conv_task(const ConvUpdate& p, int64_t task) {
   const int64_t blocks = update_blocks(p.channels), batch = task / blocks, first = task % blocks * kUpdateChannels;
   const int64_t entry = p.indices ? p.indices[batch] : batch;
   const int64_t count = first + kUpdateChannels < p.channels ? kUpdateChannels : p.channels - first;
+  if (!has_entry(entry, p.entries)) {
+    for (int64_t c = first; c < first + count; ++c) zero<T>(p.y, batch, c, 0, p.steps);
+    return;
+  }
   const int64_t length = p.state_len, oldest = p.seen && length ? (p.seen[batch] % length + length) % length : 0;
   const auto slot = [&](int64_t i) {  // where the i-th oldest step is, and the one that takes its place
     const int64_t place = oldest + i;

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kUpdateThreads = 128;
 
-// The entry of a state that a batch element has, or -1 where the indices name one that is not there.
+// The entry of a state that a batch element has, or a negative number where the indices name none: its result is 0.
 template <class Update>
 __device__ __forceinline__ int64_t entry_of(const Update& p, int64_t batch) {
   const int64_t entry = p.indices ? p.indices[batch] : batch;
@@ -36,10 +36,10 @@ __device__ __forceinline__ void load_numbers(const T* p, int64_t n, int64_t stri
 template <class T, class H, int kVec>
 __global__ void __launch_bounds__(kUpdateThreads, 8) scan_update_kernel(ScanUpdate p, unsigned blocks) {
   const unsigned heads = unsigned(p.heads), row = blockIdx.x / blocks, head = row % heads, batch = row / heads;
-  const int64_t channel = int64_t(blockIdx.x % blocks) * blockDim.y + threadIdx.y;
+  const int64_t channel = int64_t(blockIdx.x % blocks) * blockDim.y + threadIdx.y, entry = entry_of(p, batch);
   const bool there = channel < p.channels;
   float x = 0, sum = 0;
-  if (there) {
+  if (there && entry >= 0) {
     x = to_float(*at<const T>(p.x, batch, head, channel));
     float step = to_float(*at<const T>(p.dt, batch, head, channel));
     if (p.dt_bias.data) step += *at<const float>(p.dt_bias, 0, head, channel);
@@ -48,11 +48,10 @@ __global__ void __launch_bounds__(kUpdateThreads, 8) scan_update_kernel(ScanUpda
     const unsigned group = head / (heads / unsigned(p.groups));
     const T *B = at<const T>(p.B, batch, group, 0), *C = at<const T>(p.C, batch, group, 0);
     const float* A = at<const float>(p.A, head, channel, 0);
-    const int64_t entry = entry_of(p, batch);
-    H* state = entry < 0 ? nullptr : at<H>(p.state, entry, head, channel);
+    H* state = at<H>(p.state, entry, head, channel);
     for (int n = int(threadIdx.x) * kVec; n < p.states; n += int(blockDim.x) * kVec) {
-      float h[kVec] = {}, rate[kVec], b[kVec], c[kVec];
-      if (state) load_numbers(state, n, p.state.stride[3], h);
+      float h[kVec], rate[kVec], b[kVec], c[kVec];
+      load_numbers(state, n, p.state.stride[3], h);
       if (kVec == 1 || p.A.stride[2] == 0) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) rate[i] = A[n * p.A.stride[2]];
@@ -66,7 +65,6 @@ __global__ void __launch_bounds__(kUpdateThreads, 8) scan_update_kernel(ScanUpda
         h[i] = expf(step * rate[i]) * h[i] + input * b[i];
         sum += h[i] * c[i];
       }
-      if (!state) continue;
       if constexpr (kVec == 1)
         state[n * p.state.stride[3]] = from_float<H>(h[0]);
       else
@@ -75,9 +73,14 @@ __global__ void __launch_bounds__(kUpdateThreads, 8) scan_update_kernel(ScanUpda
   }
   sum = warp_sum(sum, int(blockDim.x));
   if (!there || threadIdx.x > 0) return;
+  T* y = at<T>(p.y, batch, head, channel);
+  if (entry < 0) {
+    *y = from_float<T>(0.0f);
+    return;
+  }
   if (p.D.data) sum += *at<const float>(p.D, 0, head, channel) * x;
   if (p.z.data) sum *= Silu(nullptr).value(to_float(*at<const T>(p.z, batch, head, channel)));
-  *at<T>(p.y, batch, head, channel) = from_float<T>(sum);
+  *y = from_float<T>(sum);
 }
 
 // There are `blocks` of channels for a batch element.
@@ -89,17 +92,21 @@ __global__ void __launch_bounds__(kUpdateThreads, 8) conv_update_kernel(ConvUpda
   const bool circular = p.seen && length > 0;
   const int64_t oldest = circular ? (p.seen[batch] % length + length) % length : 0;  // its place in the state
   const T* x = at<const T>(p.x, batch, channel, 0);
-  T* state = entry < 0 ? nullptr : at<T>(p.state, entry, channel, 0);
   T* y = at<T>(p.y, batch, channel, 0);
+  if (entry < 0) {
+    for (int64_t t = 0; t < p.steps; ++t) y[t * p.y.stride[2]] = from_float<T>(0.0f);
+    return;
+  }
+  T* state = at<T>(p.state, entry, channel, 0);
   const int64_t weight = channel * p.weight.stride[1];
   for (int64_t t = 0; t < p.steps; ++t) {
     float sum = p.bias ? parameter(p.bias, p.bias_dtype, channel) : 0.0f;
     for (int64_t tap = 0; tap < p.width; ++tap) {
       const int64_t from = t - (p.width - 1 - tap) * p.dilation;
-      float value = 0;
+      float value;
       if (from >= 0) {
         value = to_float(x[from * p.x.stride[2]]);
-      } else if (state) {
+      } else {
         const int64_t place = oldest + length + from;
         value = to_float(state[(place < length ? place : place - length) * p.state.stride[2]]);
       }
@@ -107,7 +114,6 @@ __global__ void __launch_bounds__(kUpdateThreads, 8) conv_update_kernel(ConvUpda
     }
     y[t * p.y.stride[2]] = from_float<T>(p.silu ? Silu(nullptr).value(sum) : sum);
   }
-  if (!state) return;
   const int64_t kept = p.steps < length ? length - p.steps : 0, first = p.steps - (length - kept);
   if (!circular)
     for (int64_t i = 0; i < kept; ++i) state[i * p.state.stride[2]] = state[(i + p.steps) * p.state.stride[2]];

@@ -40,9 +40,9 @@ constexpr int warpSize = 32;
 #define DLOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::dlops::simt::launch(#kernel, kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
 
-#define DLOPS_SHARED(type, name, ...)                                                          \
-  using name##_array = type __VA_ARGS__;                                                       \
-  static constexpr ::dlops::simt::SharedArray name##_description{#name, sizeof(name##_array)}; \
+#define DLOPS_SHARED(type, name, ...)                                                                                 \
+  using name##_array = type __VA_ARGS__;                                                                              \
+  static constexpr ::dlops::simt::SharedArray name##_description{#name, sizeof(name##_array), alignof(name##_array)}; \
   name##_array& name = *static_cast<name##_array*>(::dlops::simt::shared_array(name##_description))
 
 #define DLOPS_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::dlops::simt::dynamic_shared())

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <thread>
+#include <type_traits>
 
 #include "simt/device.h"
 #include "simt/race.h"
@@ -29,14 +30,16 @@ constexpr int kMostWorkers = 16;  // each maps up to 1024 stacks and their guard
 // The threads that __launch_bounds__ allows a kernel, or kMaxThreads.
 unsigned launch_bound(const void* kernel) {
 #if defined(__aarch64__)
-  constexpr unsigned kNoOp = 4;
+  constexpr uint32_t kNoOp = 0xd503201f;
 #else
-  constexpr unsigned kNoOp = 1;
+  constexpr uint8_t kNoOp = 0x90;
 #endif
-  unsigned bound = kMaxThreads;
-  for (auto begin = __start___patchable_function_entries; begin != __stop___patchable_function_entries; ++begin)
-    if (const size_t count = (static_cast<const char*>(kernel) - *begin) / kNoOp; count - 1 < bound - 1) bound = count;
-  return bound;
+  const auto code = static_cast<const std::remove_const_t<decltype(kNoOp)>*>(kernel);
+  for (auto begin = __start___patchable_function_entries; begin != __stop___patchable_function_entries; ++begin) {
+    const size_t count = (static_cast<const char*>(kernel) - *begin) / sizeof kNoOp;
+    if (count - 1 < kMaxThreads && std::count(code - count, code, kNoOp) == ptrdiff_t(count)) return unsigned(count);
+  }
+  return kMaxThreads;
 }
 
 void work(Grid& grid) try {

@@ -17,7 +17,18 @@ struct Mma {
   float (*to_float)(uint16_t);
 };
 
+// All lanes call one and the same form of an instruction.
+template <class Payload, class Same>
+void check_form(const char* what, void* const* payloads, Same same) {
+  const Payload& first = *static_cast<Payload*>(payloads[0]);
+  for (int lane = 1; lane < 32; ++lane)
+    if (!same(first, *static_cast<Payload*>(payloads[lane])))
+      this_worker->fault(text("divergent ", what, ": lane ", lane, " calls another form of it than lane 0"),
+                         this_worker->warp_thread(lane));
+}
+
 void combine_mma(unsigned, void* const* payloads) {
+  check_form<Mma>("mma_m16n8k16", payloads, [](const Mma& x, const Mma& y) { return x.to_float == y.to_float; });
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& mma = *static_cast<Mma*>(payloads[lane]);
@@ -47,6 +58,9 @@ struct LoadMatrices {
 };
 
 void combine_load(unsigned, void* const* payloads) {
+  check_form<LoadMatrices>("load_matrices", payloads, [](const LoadMatrices& x, const LoadMatrices& y) {
+    return x.count == y.count && x.transpose == y.transpose;
+  });
   const LoadMatrices& any = *static_cast<LoadMatrices*>(payloads[0]);
   for (int m = 0; m < any.count; ++m) {
     uint16_t matrix[8][8];
@@ -81,7 +95,10 @@ void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, float (*to_flo
 
 void load_matrices(uint32_t* r, int count, bool transpose, const void* row, const Where& where) {
   const void* code = __builtin_return_address(0);
-  if (int(lane()) < 8 * count) check_shared("load_matrices", row, 16, code);
+  if (int(lane()) < 8 * count) {
+    check_shared("load_matrices", row, 16, code);
+    this_worker->check_copies(row, 16, Access::kRead, code);
+  }
   LoadMatrices payload{r, count, transpose, row, code};
   warp_collective("load_matrices", kAll, combine_load, &payload, where);
 }
@@ -91,6 +108,7 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t valid) {
   check_shared("copy_async", shared, bytes, code);
   if (reinterpret_cast<uintptr_t>(global) % bytes)
     fault(text("copy_async at ", source_line(code), ": the source ", global, " is not aligned to ", bytes, " bytes"));
+  if (valid > bytes) fault(text("copy_async at ", source_line(code), ": ", valid, " bytes of ", bytes));
   if (valid) this_worker->access(global, valid, Access::kRead, code);
   this_worker->access(shared, bytes, Access::kWrite, code);
   Copies& copies = this_worker->thread().copies;

@@ -50,7 +50,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 // A shared array as declared; its address tells arrays apart.
 struct SharedArray {
   const char* name;
-  size_t size;
+  size_t size, alignment;
 };
 void* shared_array(const SharedArray& array);
 void* dynamic_shared();

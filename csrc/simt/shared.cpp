@@ -36,7 +36,7 @@ void SharedMemory::begin(size_t dynamic_bytes, size_t limit, int poison) {
   arrays_.clear();
   ASAN_POISON_MEMORY_REGION(base_ + kArena, kArena);
   end_ = base_ + kArena + kRedZone;
-  place(nullptr, dynamic_bytes);
+  place(nullptr, dynamic_bytes, kDynamicAlignment);
 }
 
 void* SharedMemory::array(const SharedArray& array) {
@@ -51,13 +51,14 @@ void* SharedMemory::array(const SharedArray& array) {
   if (const size_t total = declared + arrays_[0].size; total > limit_)
     fault(text("shared array ", array.name, ": the block's shared memory grows to ", total, " bytes, and it has ",
                limit_));
-  return place(&array, array.size);
+  return place(&array, array.size, array.alignment);
 }
 
-// Multiples of 128 bytes apart, as every array type's alignment divides.
-char* SharedMemory::place(const SharedArray* array, size_t size) {
-  char* begin = end_;
-  end_ += (size + kRedZone + 127) / 128 * 128;
+// At an odd multiple of the alignment: what relies on a larger one is misaligned.
+char* SharedMemory::place(const SharedArray* array, size_t size, size_t alignment) {
+  const auto address = reinterpret_cast<uintptr_t>(end_);
+  char* begin = end_ + (2 * alignment - 1 - (address + alignment - 1) % (2 * alignment));
+  end_ = begin + size + kRedZone;
   if (end_ > base_ + 2 * kArena) fault("more shared arrays than the runtime's arena holds");
   ASAN_UNPOISON_MEMORY_REGION(begin, size);
   std::memset(begin, poison_, size);

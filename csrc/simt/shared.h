@@ -37,6 +37,7 @@ class SharedMemory {
 
  private:
   static constexpr size_t kRedZone = 1 << 10;
+  static constexpr size_t kDynamicAlignment = 16;  // all that CUDA promises
 
   struct Placed {
     const SharedArray* array;
@@ -44,7 +45,7 @@ class SharedMemory {
     size_t size;
     std::string name() const { return array ? std::string("shared array ") + array->name : "dynamic shared memory"; }
   };
-  char* place(const SharedArray* array, size_t size);
+  char* place(const SharedArray* array, size_t size, size_t alignment);
 
   char* base_;
   char* end_;  // of what is placed, its red zone included

@@ -248,12 +248,16 @@ void Worker::copies_go_on(const Thread& thread) {
 
 void Worker::access(const void* p, size_t size, Access access, const void* code) {
   if (memory_->stacks.contains(p)) return;  // a thread's own variables
+  check_copies(p, size, access, code);
+  access_by(thread_->id % kWarpSize, p, size, access, code);
+}
+
+void Worker::check_copies(const void* p, size_t size, Access access, const void* code) {
   if (const Copies& copies = thread_->copies; !copies.pending.empty()) [[unlikely]]
     if (const Copy* copy = copies.disturbed(p, size, access))
       simt::fault(text(kVerbs[int(access)], " of ", size, " bytes, by ", source_line(code),
                        ", of what the copy_async at ", source_line(copy->code),
                        access == Access::kRead ? " writes" : " reads or writes", " and nobody has waited for"));
-  access_by(thread_->id % kWarpSize, p, size, access, code);
 }
 
 void Worker::access_by(unsigned lane, const void* p, size_t size, Access access, const void* code) {

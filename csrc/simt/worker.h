@@ -80,6 +80,7 @@ class Worker {
   void warp_collective(const char* name, unsigned mask, Combine combine, void* payload, const Where& where);
   // The running thread is about to touch memory.
   void access(const void* p, size_t size, Access access, const void* code);
+  void check_copies(const void* p, size_t size, Access access, const void* code);  // none of its own is in the way
   void access_by(unsigned lane, const void* p, size_t size, Access access, const void* code);  // of the same warp
   void warp_ordered(unsigned lanes);                                                           // a barrier among them
   [[noreturn]] void fault(std::string what, const Thread& by);  // gives the running block up

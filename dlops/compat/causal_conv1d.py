@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dlops import functional as F
+from dlops._op import acc
 
 
 def causal_conv1d_fn(
@@ -32,9 +33,12 @@ def causal_conv1d_fn(
         RuntimeError: shapes, dtypes or devices that do not fit together.
     """
     _check_activation(activation)
-    y, final_states = F.causal_conv1d(x, weight, bias, activation, initial_states, True, seq_idx)
-    if not return_final_states:
-        return y
+    if weight.dtype != x.dtype:  # as here the original takes any two
+        weight, bias = acc(weight), None if bias is None else acc(bias)
+    found = F.causal_conv1d(x, weight, bias, activation, initial_states, return_final_states, seq_idx)
+    if isinstance(found, Tensor):
+        return found
+    y, final_states = found
     return y, final_states if final_states_out is None else final_states_out.copy_(final_states)
 
 

@@ -126,7 +126,8 @@ class _MambaMixer(_Mixer):
 
     def _coefficients(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The step sizes without their bias, B and C."""
-        dt, B, C = self._normed(*self.x_proj(u).split([self.time_step_rank, *[self.ssm_state_size] * 2], -1))
+        parts = self._normed(*self.x_proj(u).split([self.time_step_rank, *[self.ssm_state_size] * 2], -1))
+        dt, B, C = (part.to(u.dtype) for part in parts)  # a norm's weights may be wider
         return F.linear(dt, self.dt_proj.weight), B, C
 
     def _normed(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Functions of the package mamba_ssm, with its signatures, on :mod:`dlops.functional`."""
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +52,39 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """:func:`dlops.functional.selective_state_update`, without a gradient; ``state`` is written in place."""
-    return F.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    """:func:`dlops.functional.selective_state_update`, without a gradient; ``state`` is written in place.
+
+    x, dt, z, B, C and the state may have different dtypes; y has that of x. One head's dimension may be there or not,
+    in each of them by itself.
+    """
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in (x, dt, B, C, z) if t is not None))
+    heads = max(state.dim() - 3, x.dim() - 2, A.dim() - 2)
+
+    def with_heads(t: Any, rank: int, dim: int) -> Any:
+        """t, of so many dimensions without heads, where any argument has them."""
+        return t if t is None or t.dim() == rank + heads else t.unsqueeze(dim)
+
+    def step(t: Any) -> Any:
+        return None if t is None else with_heads(t, 2, 1).to(dtype)
+
+    entries = with_heads(state, 3, 1)
+    wide = entries if state.dtype in (dtype, torch.promote_types(dtype, torch.float32)) else entries.to(dtype)
+    y = F.selective_state_update(
+        wide,
+        step(x),
+        step(dt),
+        with_heads(A, 2, 0),
+        B.to(dtype),
+        C.to(dtype),
+        with_heads(D, 1, 0),
+        step(z),
+        with_heads(dt_bias, 1, 0),
+        dt_softplus,
+        state_batch_indices,
+    )
+    if wide is not entries:
+        entries.copy_(wide)
+    return y.view(x.shape).to(x.dtype)
 
 
 def mamba_inner_fn(
@@ -198,13 +231,15 @@ def mamba_split_conv1d_scan_combined(
         chunk_size: positive; the result does not depend on it.
         rmsnorm_weight: (dim,): what the scan returns is normalised by its root mean square over each group, after the
             gate or, with norm_before_gate, before it. None: it is gated alone.
-        outproj_weight: (d_out, d_mlp + dim), or None: no projection.
+        outproj_weight: (d_out, d_mlp + dim), or None: no projection, and no outproj_bias.
 
     Returns:
         (batch, seqlen, d_mlp + dim or d_out), and with return_final_states the scan's states after the last step.
     """
     if D.dim() == 1 and headdim is None:
         raise ValueError("mamba_split_conv1d_scan_combined: headdim is None, which takes D of (nheads, headdim)")
+    if outproj_weight is None and outproj_bias is not None:
+        raise ValueError("mamba_split_conv1d_scan_combined: outproj_weight is None, which takes no outproj_bias")
     nheads, headdim = D.shape[0], D.shape[1] if headdim is None or D.dim() == 2 else headdim
     dim, channels = nheads * headdim, conv1d_weight.shape[0]
     d_mlp = (zxbcdt.shape[-1] - dim - channels - nheads) // 2

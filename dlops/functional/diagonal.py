@@ -65,15 +65,20 @@ def s4d_kernel(A: Tensor, C: Tensor, dt: Tensor, seqlen: int, B: Tensor | None =
     exponent = (dt[:, None].double() * A.to(torch.complex128))[:, None]
     factor = C if B is None else C * B
     factor = factor.to(torch.complex128)[:, None] * _expm1(exponent) / A[:, None]
-    length = max(1, math.isqrt(seqlen))
-    blocks = -(-seqlen // length)
-    count = torch.arange(max(blocks, length), device=A.device, dtype=torch.float64)[:, None]
-    rows = factor * torch.exp(exponent * (length * count[:blocks]))  # (dim, blocks, dstate)
-    columns = torch.exp(exponent * count[:length])  # (dim, length, dstate)
+    traced = torch.compiler.is_compiling()
+    if traced:  # seqlen has no root then, and what depends on whether there is one block would be a guard
+        length, blocks = 64, seqlen // 64 + 2
+    else:
+        length = max(1, math.isqrt(seqlen))
+        blocks = -(-seqlen // length)
+    row, column = (torch.arange(n, device=A.device, dtype=torch.float64)[:, None] for n in (blocks, length))
+    rows = factor * torch.exp(exponent * (length * row))  # (dim, blocks, dstate)
+    columns = torch.exp(exponent * column)  # (dim, length, dstate)
     # Re(x y) is the inner product of x and conj(y) as pairs.
     real = A.real.dtype
     left, right = (torch.view_as_real(x).flatten(2).to(real) for x in (rows, columns.conj().resolve_conj()))
-    return (2 * (left @ right.mT)).flatten(1)[:, :seqlen]
+    kernel = (2 * (left @ right.mT)).flatten(1)
+    return kernel.index_select(1, torch.arange(seqlen, device=A.device)) if traced else kernel[:, :seqlen]
 
 
 def _expm1(z: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ def selective_state_update(
             belongs to group i // (nheads / groups).
         D, dt_bias: (dim,) or (nheads, head_dim), or None.
         dt_softplus: take softplus(dt + dt_bias) for dt.
-        state_batch_indices: (batch,) int32 or int64, distinct: batch element i advances entry state_batch_indices[i]
-            of ``state``, which then has any number of entries.
+        state_batch_indices: (batch,) int32 or int64: batch element i advances entry state_batch_indices[i] of
+            ``state``, which then has any number of entries. They are distinct, or negative: such a batch element is
+            padding, which advances nothing and whose y is zero.
 
     A, D and dt_bias are computed with in float32 (float64 with float64); where all of a head's are the same, expanded
     tensors serve.
@@ -92,8 +93,9 @@ def causal_conv1d_update(
         activation: None, "silu" or "swish", its other name.
         cache_seqlens: (batch,) int32, how many steps came before: ``conv_state`` is then a circular buffer, in which
             step t is kept at t % state_len, and nothing is shifted.
-        conv_state_indices: (batch,) int32 or int64, distinct: batch element i goes on from entry conv_state_indices[i]
-            of ``conv_state``, which then has any number of entries.
+        conv_state_indices: (batch,) int32 or int64: batch element i goes on from entry conv_state_indices[i] of
+            ``conv_state``, which then has any number of entries. They are distinct, or negative: such a batch element
+            is padding, which goes on from nothing and whose y is zero.
         dilation: steps between the filter's taps.
 
     Returns:
@@ -138,7 +140,10 @@ def _indices(op: str, name: str, indices: Tensor | None, state: Tensor) -> Tenso
     if indices is None:
         return None
     if type(indices) is Tensor and indices.is_cpu and state.dim() and not torch.compiler.is_compiling():
-        entries = indices.flatten().tolist()
-        if entries and (min(entries) < 0 or max(entries) >= state.shape[0] or len(set(entries)) < len(entries)):
-            raise ValueError(f"{op}: {name} is {entries}, accepted are distinct numbers from 0 to {state.shape[0] - 1}")
+        given, last = indices.flatten().tolist(), state.shape[0] - 1
+        entries = [entry for entry in given if entry >= 0]
+        if entries and (max(entries) > last or len(set(entries)) < len(entries)):
+            raise ValueError(
+                f"{op}: {name} is {given}, accepted are distinct numbers from 0 to {last}, and negative ones for none"
+            )
     return indices.int() if indices.dtype == torch.int64 else indices

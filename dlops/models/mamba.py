@@ -32,6 +32,13 @@ def advance_conv(conv1d: nn.Conv1d, u: Tensor, state: Tensor) -> Tensor:
     return F.causal_conv1d_update(u.to(state.dtype), state, conv1d.weight.squeeze(1), conv1d.bias, "silu").to(u.dtype)
 
 
+def entered(state: MambaState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The state that a sequence in ``dtype`` (autocast narrows it) goes on from. Copies where a backward may need
+    them: the state is written to."""
+    copy = torch.is_grad_enabled()
+    return state.conv.to(dtype, copy=copy), state.ssm.clone() if copy else state.ssm
+
+
 class MambaMixer(nn.Module):
     """Projection, causal convolution, selective scan, gate and projection.
 
@@ -79,7 +86,7 @@ class MambaMixer(nn.Module):
         """x: (batch, seqlen, d_model), all steps at once; returns the same shape. With a state the sequence goes on
         from it, and it becomes the last one: no gradient flows into it."""
         u, z = self.in_proj(x).mT.chunk(2, 1)
-        conv, ssm = (None, None) if state is None else (state.conv.to(u.dtype), state.ssm)  # autocast narrows u
+        conv, ssm = (None, None) if state is None else entered(state, u.dtype)
         u, last_conv = F.causal_conv1d(
             u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, return_final_states=True
         )

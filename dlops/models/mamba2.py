@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlops import functional as F
-from dlops.models.mamba import Mamba, MambaState, advance_conv
+from dlops.models.mamba import Mamba, MambaState, advance_conv, entered
 from dlops.nn import Linear, RMSNorm
 
 
@@ -73,7 +73,7 @@ class Mamba2Mixer(nn.Module):
         """x: (batch, seqlen, d_model), all steps at once; returns the same shape. With a state the sequence goes on
         from it, and it becomes the last one: no gradient flows into it."""
         z, u, dt = self._projected(x)
-        conv, ssm = (None, None) if state is None else (state.conv.to(u.dtype), state.ssm)  # autocast narrows u
+        conv, ssm = (None, None) if state is None else entered(state, u.dtype)
         u, last_conv = F.causal_conv1d(
             u.mT, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, return_final_states=True
         )

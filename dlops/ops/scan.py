@@ -180,7 +180,8 @@ def _fake_selective_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, seqlen = u.shape
     chunk = chunk_length(A.shape[1])
-    checkpoints = A.new_empty(batch, (seqlen + chunk - 1) // chunk, *A.shape) if save else A.new_empty(0)
+    dim, dstate = A.shape
+    checkpoints = A.new_empty(batch, (seqlen + chunk - 1) // chunk * dim, dstate) if save else A.new_empty(0)
     return empty_in_layout_of(u), torch.empty_like(_initial(None, A, batch, cu_seqlens)), checkpoints
 
 
@@ -242,8 +243,8 @@ def selective_scan(
 
     u, delta, z and y are (batch, dim, seqlen), y channels-last in memory if u is; A is (dim, dstate), B and C are that
     or (batch, groups, dstate, seqlen). With a complex A, C . h is twice its real part. To delta delta_bias is added,
-    and softplus applied, first. With ``save``, checkpoints (batch, chunks, dim, dstate) holds the states before every
-    step that is a multiple of :func:`chunk_length`.
+    and softplus applied, first. With ``save``, checkpoints (batch, chunks * dim, dstate) holds the states before every
+    step that is a multiple of :func:`chunk_length`; a dimension of chunks alone would be a guard of traced graphs.
     """
     batch, dim, seqlen = u.shape
     packing = None if cu_seqlens is None else _Packing.of(cu_seqlens, seqlen)
@@ -264,7 +265,7 @@ def selective_scan(
             states.append(h)
     if packing is not None:
         last = packing.select(states, packing.end, initial)
-    checkpoints = torch.stack(saved, 1) if saved else A.new_empty(batch, 0, *A.shape) if save else A.new_empty(0)
+    checkpoints = torch.cat(saved, 1) if saved else A.new_empty(batch, 0, A.shape[1]) if save else A.new_empty(0)
     return _stacked(ys, u), last.clone(memory_format=torch.contiguous_format), checkpoints
 
 

@@ -76,16 +76,30 @@ def _check_entries(
     return state.shape[0]
 
 
+def _rows(state: Tensor, indices: Tensor) -> Tensor:
+    """The entry of each batch element, and the one after the last where it has none."""
+    entries = state.shape[0]
+    return torch.where((indices >= 0) & (indices < entries), indices, entries).long()
+
+
 def _entries(state: Tensor, indices: Tensor | None) -> Tensor:
-    return state if indices is None else state.index_select(0, indices)
+    if indices is None:
+        return state
+    return torch.cat([state, state.new_zeros(1, *state.shape[1:])]).index_select(0, _rows(state, indices))
 
 
 def _write_entries(state: Tensor, indices: Tensor | None, value: Tensor) -> None:
     value = value.to(state.dtype)
-    if indices is None:
-        state.copy_(value)
-    else:
-        state.index_copy_(0, indices.long(), value)
+    if indices is not None:
+        batch, places = value.shape[0], torch.arange(value.shape[0] + state.shape[0] + 1, device=state.device)
+        kept = places[batch:].index_copy(0, _rows(state, indices), places[:batch])[:-1]
+        value = torch.cat([value, state]).index_select(0, kept)
+    state.copy_(value)
+
+
+def _of_entries(y: Tensor, state: Tensor, indices: Tensor | None) -> Tensor:
+    """y, zero where a batch element has no entry."""
+    return y if indices is None else torch.where((_rows(state, indices) < state.shape[0])[:, None, None], y, 0)
 
 
 @op(check=_check_selective_state_update, mutates=("state",))
@@ -105,7 +119,8 @@ def selective_state_update(
     """state <- exp(dt A) state + dt x B; returns (C . state + D x) silu(z): a step of the selective scan per head.
 
     x, dt, z and the result are (batch, nheads, head_dim), A is (nheads, head_dim, dstate), B and C are (batch, groups,
-    dstate), state is (entries, nheads, head_dim, dstate): batch element i advances entry state_batch_indices[i], or i.
+    dstate), state is (entries, nheads, head_dim, dstate): batch element i advances entry state_batch_indices[i], or i,
+    or none and its result is zero where that is negative.
     To dt dt_bias is added, and softplus applied, first. The result is that of the state before it is rounded.
     """
     step = acc(dt) if dt_bias is None else acc(dt) + dt_bias
@@ -115,6 +130,7 @@ def selective_state_update(
     y = (h * C).sum(-1)
     y = y if D is None else y + D * acc(x)
     y = y if z is None else y * F.silu(acc(z))
+    y = _of_entries(y, state, state_batch_indices)
     _write_entries(state, state_batch_indices, h)
     return y.to(x.dtype).clone(memory_format=torch.contiguous_format)
 
@@ -158,7 +174,7 @@ def causal_conv1d_update(
 ) -> Tensor:
     """:func:`causal_conv1d` of x (batch, dim, seqlen), the steps that follow those in conv_state (entries, dim,
     state_len), which becomes the last state_len of both. Batch element i goes on from entry conv_state_indices[i],
-    or i.
+    or i, or from none and its result is zero where that is negative.
 
     With cache_seqlens (batch,), the steps so far, conv_state is a circular buffer: step t is kept at t % state_len.
     """
@@ -176,8 +192,9 @@ def causal_conv1d_update(
     after = joined.narrow(2, seqlen, state_len)
     if slots is not None:
         after = torch.zeros_like(before).scatter(2, (slots + seqlen) % max(state_len, 1), after)
+    y = _of_entries(F.silu(y) if activation == "silu" else y, conv_state, conv_state_indices)
     _write_entries(conv_state, conv_state_indices, after)
-    return in_layout_of((F.silu(y) if activation == "silu" else y).to(x.dtype), x)
+    return in_layout_of(y.to(x.dtype), x)
 
 
 # ---- backends ------------------------------------------------------------------------------------------------------

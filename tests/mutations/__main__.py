@@ -11,6 +11,8 @@ The tables beside this file name, for every kernel, the tests that ought to noti
     - * w.get(i) + b.get(i);
     + * w.get(i) - b.get(i);
 
+A heading such as [csrc/core/device.h csrc/cuda/norm.cu] is for a header, as that source includes it.
+
 A mutation replaces a snippet, which must occur exactly once in the file whatever its white space, in a copy of the
 package, and builds that with the commands that built the original. The copy must pass before it is mutated. Tests on a
 line that begins with "fenced" run with the allocator of fence.cpp, as tests/test_fence.py runs them.
@@ -70,12 +72,21 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, or a file of device functions: its quick tests, as pytest's arguments for each run, and mutations."""
+    """A kernel, or a file of device functions: its quick tests, as pytest's arguments for each run, and mutations.
+
+    Args:
+        file: what is mutated.
+        name: the kernel in it; of a header the source file that is compiled with it.
+    """
 
     file: str
     name: str
     runs: list[str]
     mutations: list[Mutation]
+
+    @property
+    def source(self) -> str:
+        return self.name if self.file.endswith(".h") else self.file
 
     def __str__(self) -> str:
         return f"{self.file} {self.name}".strip()
@@ -126,31 +137,34 @@ class Copy:
         outcome, how = "survived", ""
         try:
             if mutation:
-                self.mutate(kernel.file, mutation)
+                self.mutate(kernel, mutation)
             for run in kernel.runs:
                 if failed := self.failure(run, limit):
                     outcome, how = "killed", failed
                     break
         except NoVerdict as error:
             outcome, how = "no verdict", str(error)
-        self.restore(kernel.file)
+        self.restore(kernel.source)
         return Verdict(outcome, how, time.monotonic() - start)
 
-    def mutate(self, file: str, mutation: Mutation) -> None:
+    def mutate(self, kernel: Kernel, mutation: Mutation) -> None:
+        file = ROOT / kernel.file
         try:
-            text = mutation.apply((ROOT / file).read_text())
+            text = mutation.apply(file.read_text())
         except LookupError as error:
             raise NoVerdict(str(error)) from None
-        original, target = self.product(file)
-        if file.endswith(".py"):
+        original, target = self.product(kernel.source)
+        if file.suffix == ".py":
             target.write_text(text)
             return
-        source, built = self.folder / Path(file).name, self.folder / "mutated.o"
-        source.write_text(text)
-        compilation, link = commands(ROOT / file, original.name)
+        headers, built = self.folder / "csrc", self.folder / "mutated.o"
+        mutated = headers / file.relative_to(ROOT / "csrc")
+        mutated.parent.mkdir(parents=True, exist_ok=True)
+        mutated.write_text(text)
+        (compiler, *compilation), link = commands(ROOT / kernel.source, original.name)
         was = compilation[compilation.index("-o") + 1]
-        instead = {str(ROOT / file): source, was: built, f"{was}.d": f"{built}.d", link[-1]: target}
-        for command in (compilation, link):
+        instead = {str(file): mutated, was: built, f"{was}.d": f"{built}.d", link[-1]: target}
+        for command in ([compiler, f"-I{headers}", *compilation], link):
             done = subprocess.run([instead.get(word, word) for word in command], capture_output=True, text=True)
             if done.returncode:
                 raise NoVerdict(f"does not compile: {done.stderr.strip()}")

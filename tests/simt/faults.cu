@@ -5,6 +5,7 @@
 
 #include "core/async.h"
 #include "core/launch.h"
+#include "core/mma.h"
 #include "simt/launch.h"
 
 namespace {
@@ -115,20 +116,21 @@ __global__ void large_copy_past_end(int* out, int n) {
 
 // Asynchronous copies, each with something in its way before it lands. n says what.
 __global__ void disturbed_copy(int* out, int n) {
-  DLOPS_SHARED(int, values, [64]);
+  DLOPS_SHARED(int4, values, [16]);
+  int* numbers = &values[0].x;
   int seen = 0;
   if (threadIdx.x == 0) dlops::copy_async<16>(values, out);
   dlops::copy_async_commit();
-  if (n == 1 && threadIdx.x == 0) values[3] = 1;
-  if (n == 2 && threadIdx.x == 0) seen = values[0];
+  if (n == 1 && threadIdx.x == 0) numbers[3] = 1;
+  if (n == 2 && threadIdx.x == 0) seen = numbers[0];
   if (n == 3 && threadIdx.x == 0) out[0] = 1;
-  if (n == 4 && threadIdx.x == 0) dlops::copy_async<4>(values + 1, out);
+  if (n == 4 && threadIdx.x == 0) dlops::copy_async<4>(numbers + 1, out);
   __syncthreads();
   if (n == 5 && threadIdx.x == 1) out[1] = 1;
-  if (n == 6 && threadIdx.x == 1) values[1] = 1;
+  if (n == 6 && threadIdx.x == 1) numbers[1] = 1;
   dlops::copy_async_wait();
   __syncthreads();
-  out[64 + threadIdx.x] = values[threadIdx.x % 4] + seen;
+  out[64 + threadIdx.x] = numbers[threadIdx.x % 4] + seen;
 }
 
 // Others read what is copied: after a barrier, but the copier has not waited. A copy without a commit is in no group.
@@ -146,6 +148,48 @@ __global__ void late_copy(int* out, int n) {
   dlops::copy_async_wait();
 }
 
+// More bytes than the copy has; n of 16.
+__global__ void overlong_copy(int* out, int n) {
+  DLOPS_SHARED(int4, values, [1]);
+  if (threadIdx.x == 0) dlops::copy_async<16>(values, out, n);
+  dlops::copy_async_wait();
+}
+
+// A lane loads what it has not waited for.
+__global__ void load_of_a_copy(int* out, int n) {
+  DLOPS_SHARED(int4, rows, [32]);
+  uint32_t matrices[4];
+  dlops::copy_async<16>(&rows[threadIdx.x], out + 128);
+  dlops::copy_async_commit();
+  if (n == 0) dlops::copy_async_wait();
+  dlops::load_matrices<4>(matrices, &rows[threadIdx.x]);
+  dlops::copy_async_wait();
+  out[threadIdx.x] = matrices[0];
+}
+
+// The lanes of a warp execute different instructions.
+__global__ void two_products(int* out, int n) {
+  float c[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (threadIdx.x < 16)
+    dlops::mma_m16n8k16<dlops::float16>(c, a, b);
+  else
+    dlops::mma_m16n8k16<dlops::bfloat16>(c, a, b);
+  out[threadIdx.x] = int(c[0]);
+}
+
+__global__ void two_loads(int* out, int n) {
+  DLOPS_SHARED(int4, rows, [32]);
+  rows[threadIdx.x] = make_int4(0, 0, 0, 0);
+  __syncwarp();
+  uint32_t matrices[2];
+  if (threadIdx.x < 16)
+    dlops::load_matrices<2>(matrices, &rows[threadIdx.x]);
+  else
+    dlops::load_matrices<2, true>(matrices, &rows[threadIdx.x]);
+  out[threadIdx.x] = matrices[0];
+}
+
 __global__ void misaligned_atomic(int* out, int n) {
   atomicAdd(reinterpret_cast<float*>(reinterpret_cast<char*>(out) + n), 1.0f);
 }
@@ -154,6 +198,10 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads / 2 * 2, 1) bounded(int* out, int n) {
   out[threadIdx.x] = 1;
 }
+
+// Its code follows that of a kernel with bounds.
+__global__ void __launch_bounds__(32) bounded_before(int* out, int n) { out[threadIdx.x] = 1; }
+__global__ void unbounded(int* out, int n) { out[threadIdx.x] = 2; }
 
 // Neighbouring bytes of one word are not one address.
 __global__ void bytes(int* out, int n) {
@@ -197,6 +245,19 @@ __global__ void misaligned(int* out, int n) {
   DLOPS_SHARED(int, values, [64]);
   *reinterpret_cast<int4*>(values + n) = make_int4(1, 2, 3, 4);
   out[threadIdx.x] = values[0];
+}
+
+// Addresses that happen to be aligned on some chip: an array of int is aligned to 4 bytes, dynamic memory to 16.
+__global__ void vector_of_ints(int* out, int n) {
+  DLOPS_SHARED(int, values, [64]);
+  DLOPS_DYNAMIC_SHARED(int, dynamic);
+  struct alignas(32) Wide {
+    int x;
+  };
+  if (n == 0) reinterpret_cast<int4*>(values)->x = 1;
+  if (n == 1) reinterpret_cast<Wide*>(dynamic)->x = 1;
+  if (n == 2) reinterpret_cast<int4*>(dynamic)->x = 1;
+  out[threadIdx.x] = 1;
 }
 
 __global__ void past_global(int* out, int n) {
@@ -284,9 +345,15 @@ constexpr Kernel kKernels[] = {KERNEL(race),
                                KERNEL(large_copy_past_end),
                                KERNEL(disturbed_copy),
                                KERNEL(late_copy),
+                               KERNEL(overlong_copy),
+                               KERNEL(load_of_a_copy),
+                               KERNEL(two_products),
+                               KERNEL(two_loads),
                                KERNEL(misaligned_atomic),
                                KERNEL(bounded<64>),
                                KERNEL(bounded<96>),
+                               KERNEL(bounded_before),
+                               KERNEL(unbounded),
                                KERNEL(bytes),
                                KERNEL(past_end),
                                KERNEL(before_begin),
@@ -294,6 +361,7 @@ constexpr Kernel kKernels[] = {KERNEL(race),
                                KERNEL(outside_row),
                                KERNEL(outside_registers),
                                KERNEL(misaligned),
+                               KERNEL(vector_of_ints),
                                KERNEL(past_global),
                                KERNEL(unwritten),
                                KERNEL(divergent_shuffle),

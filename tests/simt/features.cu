@@ -20,8 +20,9 @@ struct Params {
 
 template <class T>
 __global__ void __launch_bounds__(96) features(Params p) {
-  DLOPS_SHARED(T, a, [2][16][16]);
-  DLOPS_SHARED(T, b, [2][16][8]);
+  using Row = Pack<T, 8>;
+  DLOPS_SHARED(Row, a, [2][16][2]);
+  DLOPS_SHARED(Row, b, [2][16]);
   DLOPS_DYNAMIC_SHARED(int, numbers);
   const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * 32 + lane;
   const T* from_a = static_cast<const T*>(p.a);
@@ -29,8 +30,9 @@ __global__ void __launch_bounds__(96) features(Params p) {
 
   const auto fetch = [&](int tile) {
     if (tile < p.k) {
-      copy_async<16>(&a[tile % 2][lane / 2][lane % 2 * 8], from_a + (lane / 2 * p.k + tile) * 16 + lane % 2 * 8);
-      copy_async<8>(&b[tile % 2][lane / 2][lane % 2 * 4], from_b + (tile * 16 + lane / 2) * 8 + lane % 2 * 4);
+      copy_async<16>(&a[tile % 2][lane / 2][lane % 2], from_a + (lane / 2 * p.k + tile) * 16 + lane % 2 * 8);
+      copy_async<8>(reinterpret_cast<T*>(&b[tile % 2][lane / 2]) + lane % 2 * 4,
+                    from_b + (tile * 16 + lane / 2) * 8 + lane % 2 * 4);
     }
     copy_async_commit();
   };
@@ -42,8 +44,8 @@ __global__ void __launch_bounds__(96) features(Params p) {
       copy_async_wait<1>();
       __syncwarp();
       uint32_t fragment_a[4], fragment_b[2];
-      load_matrices<4>(fragment_a, &a[tile % 2][lane % 16][lane / 16 * 8]);
-      load_matrices<2, true>(fragment_b, &b[tile % 2][lane % 16][0]);
+      load_matrices<4>(fragment_a, &a[tile % 2][lane % 16][lane / 16]);
+      load_matrices<2, true>(fragment_b, &b[tile % 2][lane % 16]);
       mma_m16n8k16<T>(c, fragment_a, fragment_b);
       __syncwarp();
     }

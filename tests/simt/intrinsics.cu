@@ -120,7 +120,10 @@ __device__ void halves(const Intrinsics& p, float half_step) {
 
 __device__ void moves(const Intrinsics& p, int thread, int block) {
   DLOPS_DYNAMIC_SHARED(int, copied);
-  DLOPS_SHARED(uint32_t, matrices, [4][8][4]);
+  struct alignas(16) Row {
+    uint32_t words[4];
+  };
+  DLOPS_SHARED(Row, matrices, [4][8]);
   int4* to = reinterpret_cast<int4*>(p.moved) + 32 * block;
   const int4* from = reinterpret_cast<const int4*>(p.table);
   if (thread < 16) __stcg(to + thread, __ldg(from + thread));
@@ -146,7 +149,7 @@ __device__ void moves(const Intrinsics& p, int thread, int block) {
   if (thread < 32)
     for (int word = 0; word < 4; ++word) {
       const uint32_t low = thread * 8 + 2 * word;
-      matrices[thread / 8][thread % 8][word] = low | (low + 1) << 16;
+      matrices[thread / 8][thread % 8].words[word] = low | (low + 1) << 16;
     }
   __syncthreads();
   if (thread < 32) {
@@ -154,13 +157,13 @@ __device__ void moves(const Intrinsics& p, int thread, int block) {
     const uint32_t plain = 8 * row + column, transposed = 8 * column + row;
     const auto pair = [](uint32_t low, uint32_t step) { return low | (low + step) << 16; };
     uint32_t one[1], two[2], four[4];
-    load_matrices<1>(one, matrices[0][thread % 8]);
+    load_matrices<1>(one, &matrices[0][thread % 8]);
     EXPECT(one[0] == pair(plain, 1));
-    load_matrices<1, true>(one, matrices[3][thread % 8]);
+    load_matrices<1, true>(one, &matrices[3][thread % 8]);
     EXPECT(one[0] == pair(192 + transposed, 8));
-    load_matrices<2>(two, matrices[thread / 8 % 2][thread % 8]);
+    load_matrices<2>(two, &matrices[thread / 8 % 2][thread % 8]);
     EXPECT(two[0] == pair(plain, 1) && two[1] == pair(64 + plain, 1));
-    load_matrices<4, true>(four, matrices[thread / 8][thread % 8]);
+    load_matrices<4, true>(four, &matrices[thread / 8][thread % 8]);
     EXPECT(four[0] == pair(transposed, 8) && four[2] == pair(128 + transposed, 8));
   }
 }
