@@ -38,17 +38,17 @@ def main() -> str | None:
         modules.append(dlops._cuda.__name__)
     devices = ["cpu"] if reasons["cuda"] else ["cpu", "cuda"]  # and the backends of these names
     calls = [
-        (op, device, args)
+        (op, device, draws)
         for op, device, dtype in itertools.product(OPS, devices, (torch.float32, torch.bfloat16))
-        for args in testing.Make(dtype, device).samples(op)
-        if backend.refusal(op, device, args) is None and args[0].numel() < 5000
+        for draws in zip(*[testing.Make(dtype, device, seed=seed).samples(op) for seed in range(4)], strict=True)
+        if backend.refusal(op, device, draws[0]) is None and draws[0][0].numel() < 5000
     ]
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for op, device, args in calls:
+        for op, device, draws in calls:
             with dlops.use_backend(device):
-                op(*args)
-    for op, device, args in calls:  # not under the profiler, which would keep every step of every definition
-        testing.check_ratios(op, [args], device)
+                op(*draws[0])
+    for op, device, draws in calls:  # not under the profiler, which would keep every step of every definition
+        testing.check_ratios(op, draws if draws[0][0].numel() < 1000 else draws[:1], device)
     ran = {event.key for event in profile.key_averages()}
     operators = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dlops_")}
     operators = {name for name in operators if name.removeprefix("dlops_").partition("::")[0] in devices}
