@@ -113,6 +113,7 @@ def test_a_block_takes_several_rows(dtype: torch.dtype, device: str) -> None:
     with torch.no_grad():
         for rows, width in ((300, 600), (140, 8200)):
             check(norm.layer_norm, make(rows, width), make(width), make(width), 1e-5)
+            check(norm.rms_norm, make(rows, width), make(width), 1e-6)
     for rows, width in ((20, 600), (9, 8200), (9, 16_400)):
         layer, rms = backward_args(make, rows, width)
         check(norm.layer_norm_backward, *layer)
