@@ -142,6 +142,22 @@ def test_equal_to_the_sum_over_all_pairs_of_steps(name: str | None) -> None:
             torch.testing.assert_close(F.selective_scan(u, delta, A, B, C), reference(u, delta, A, B, C))
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_a_sequence_begins_in_a_later_chunk(name: str) -> None:
+    args = list(arguments(Make(torch.float32), 9, 2, 200, ("packed", "D"), groups=1))
+    args[2] = args[2] / 100  # a state outlives its chunk
+    args[9] = torch.tensor([0, 100, 200], dtype=torch.int32)
+    if reason := backend.refusal(scan.selective_scan, name, args):
+        pytest.skip(reason)
+    leaves = [a.requires_grad_() for a in args[:6]]
+    found = []
+    for chosen in (name, "torch"):
+        with dlops.use_backend(chosen):
+            y, last, _ = scan.selective_scan(*args)
+            found.append((y, last, *torch.autograd.grad(y.sum() + last.sum(), leaves)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rate", [-0.01, 0.01], ids=["decaying", "growing"])
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_states_that_outlive_the_sequence(name: str, rate: float) -> None:
