@@ -87,6 +87,12 @@ def test_wide_rows(kind: str, dtype: torch.dtype, width: int, device: str) -> No
     check(norm.rms_norm_backward, *rms)
 
 
+def test_a_mean_of_many_deviations(device: str) -> None:
+    """In a row that is read in chunks, what is subtracted before sums are taken must be near the mean."""
+    make = Make(torch.float32, device)
+    check(norm.layer_norm, make(8, 20_000) + 40_014, None, None, 1e-5)
+
+
 @pytest.mark.parametrize("mask", [[True, False, False], [False, True, False], [False, False, True], [False] * 3])
 @pytest.mark.parametrize("width", [24, 9000])
 def test_only_what_is_asked_for(width: int, mask: list[bool], device: str) -> None:

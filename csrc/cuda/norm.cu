@@ -1,7 +1,7 @@
 // Root-mean-square and layer norm, of x or of x + residual. M rows, D width; a group of blockDim.x threads takes one
 // row at a time. Sums are of x less a pivot, the mean of the row's first chunk: where that is the whole row the
 // variance is taken in two passes over registers; in a row of n elements with chunks of c at most a factor 1 + n / c +
-// (mean / 2048 / deviation)^2 is cancelled: the pivot has 12 bits.
+// (mean / 32768 / deviation)^2 is cancelled: the pivot has 16 bits.
 #include "cuda/launcher.h"
 #include "cuda/norm.h"
 #include "cuda/row.h"
@@ -55,8 +55,8 @@ __device__ __forceinline__ void store_normalised(const NormForward& p, int64_t r
   });
 }
 
-// x to 12 bits. A difference from it is exact for most floats: differences then round no mean.
-__device__ __forceinline__ float short_float(float x) { return bits_float(float_bits(x) & 0xfffff000u); }
+// x to 16 bits. A difference from it is exact for most floats: differences then round no mean.
+__device__ __forceinline__ float short_float(float x) { return bits_float(float_bits(x) & 0xffffff00u); }
 
 // kWhole: rows are no longer than a chunk. Else keep says whether the dynamic shared memory holds what is beyond.
 template <class T, int kVec, bool kLayer, bool kWhole>
