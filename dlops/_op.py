@@ -27,6 +27,7 @@ def _keys(name: str) -> torch._C.DispatchKeySet:
 
 
 _AUTOCAST_KEYS = _keys("AutocastCPU") | _keys("AutocastCUDA")
+_VIEW_KEYS = _keys("ADInplaceOrView")  # they remember what is a view: autograd forbids writing to an output that is one
 _REMEMBERED = 1024  # signatures per op
 
 
@@ -196,7 +197,8 @@ class Op:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Any:
-                output = run(*args)
+                with torch._C._ExcludeDispatchKeyGuard(_VIEW_KEYS):
+                    output = run(*args)
                 setup_context(ctx, args, output)
                 return output
 
@@ -239,7 +241,8 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
-        return backend.select(self, args)(*args)
+        with torch._C._ExcludeDispatchKeyGuard(_VIEW_KEYS):
+            return backend.select(self, args)(*args)
 
     def _differentiate(
         self, args: Sequence[Any], grads: Sequence[Tensor | None], mask: Sequence[bool]

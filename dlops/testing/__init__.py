@@ -319,11 +319,16 @@ def check_distant(op: Op, args: Sequence[Any], name: str) -> None:
 
 
 def check_untouched(op: Op, args: Sequence[Any], name: str) -> None:
-    """No argument is written to that the op does not say it writes to, and no output shares memory with one."""
+    """No argument is written to that the op does not say it writes to, and no output shares memory with one. Outputs
+    may be written to, as autograd would not allow if one were a view."""
     args = fresh(op, args)
     before = copy.deepcopy(args)
     with backend.use_backend(name):
         outputs = as_tuple(op(*args))
+        if op.differentiable:
+            leaves = [a.detach().requires_grad_() if _floating(a) else a for a in args]
+            for call in (op, getattr(torch.ops.dlops, op.name)):
+                assert not any(o._is_view() for o in as_tuple(call(*leaves))), "output is a view"
     for what, a, b in zip(op.argument_names, args, before, strict=True):
         if isinstance(a, Tensor):
             if what not in op.mutates:
