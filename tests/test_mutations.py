@@ -2,6 +2,9 @@
 
 import re
 import runpy
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +40,22 @@ def test_every_snippet_occurs_once(kernel: Any) -> None:
         assert mutation.apply(text) != text
     for run in kernel.runs:
         assert all((ROOT / "tests" / word).exists() for word in run.split() if word.endswith(".py"))
+
+
+@pytest.fixture(scope="module")
+def collected() -> list[str]:
+    """The ids of all tests."""
+    command = [sys.executable, "-m", "pytest", "tests", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_run_selects_tests(kernel: Any, collected: list[str]) -> None:
+    for run in kernel.runs:
+        *files, _, selection = shlex.split(run.removeprefix("fenced "))
+        tests = [test for test in collected if any(f"/{file}::" in test for file in files)]
+        for word in {*re.findall(r"[^\s()]+", selection)} - {"and", "or", "not"}:
+            assert any(word in test for test in tests), f"{word} is in no test's name: {run}"
 
 
 @pytest.mark.parametrize("heading", kernels())

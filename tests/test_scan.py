@@ -265,6 +265,14 @@ def test_all_combinations_of_flags_on_cpu(fixed: Sequence[bool]) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("complex_A", [False, True])
+def test_blocks_on_cpu(complex_A: bool) -> None:
+    """Of several vectors of channels, through several segments of time."""
+    flags = (*MAMBA, "initial_state", *(["complex_A"] if complex_A else []))
+    testing.check_ratios(scan.selective_scan, [arguments(Make(), 300, 3, 150, flags)], "cpu")
+
+
+@needs_cpu
 def test_threads_and_blocks_do_not_change_bits() -> None:
     """Many blocks of channels, several checkpoints: more than one thread has work."""
     leaves = [
