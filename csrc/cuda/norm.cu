@@ -1,7 +1,7 @@
 // Root-mean-square and layer norm, of x or of x + residual. M rows, D width; a group of blockDim.x threads takes one
 // row at a time. Sums are of x less a pivot, the mean of the row's first chunk: where that is the whole row the
-// variance is taken in two passes over registers; in a row of n elements with chunks of c at most a factor 1 + n / c +
-// (mean / 32768 / deviation)^2 is cancelled: the pivot has 16 bits.
+// variance is taken in two passes over registers; in a row of n elements with chunks of c at most a factor 1 + n / c is
+// cancelled.
 #include "cuda/launcher.h"
 #include "cuda/norm.h"
 #include "cuda/row.h"
@@ -55,15 +55,22 @@ __device__ __forceinline__ void store_normalised(const NormForward& p, int64_t r
   });
 }
 
-// x to 16 bits. A difference from it is exact for most floats: differences then round no mean.
-__device__ __forceinline__ float short_float(float x) { return bits_float(float_bits(x) & 0xffffff00u); }
+// The mean to so few bits that differences from it are exact for most floats, and then round no mean, but to 1 / 256 of
+// the deviation; square is the mean of squares, which tells deviations down to 1 / 4096 of the mean. 12 bits where that
+// is out of range.
+__device__ __forceinline__ float pivot_near(float mean, float square) {
+  const float deviation = sqrtf(fmaxf(square - mean * mean, mean * mean * 0x1p-24f));
+  const float rounder = bits_float(float_bits(deviation) & 0x7f800000u) * 0x1.8p15f;  // its last bit is 2^-8 of that
+  return rounder > 0 && rounder < 3e38f ? (mean + rounder) - rounder : bits_float(float_bits(mean) & 0xfffff000u);
+}
 
 // kWhole: rows are no longer than a chunk. Else keep says whether the dynamic shared memory holds what is beyond.
 template <class T, int kVec, bool kLayer, bool kWhole>
 __global__ void __launch_bounds__(kNormThreads, 1) forward_kernel(NormForward p, bool keep) {
   constexpr int kItems = kForwardItems<kVec>;
+  constexpr int kSums = kWhole ? 1 : 2;
   using Part = Chunk<kVec, kItems>;
-  DLOPS_SHARED(float, pivot_scratch, [1][kMaxWarps]);
+  DLOPS_SHARED(float, pivot_scratch, [kSums][kMaxWarps]);
   DLOPS_SHARED(float, scratch, [2][kMaxWarps]);
   DLOPS_DYNAMIC_SHARED(T, kept);
   const int64_t step = Part::columns();
@@ -75,14 +82,18 @@ __global__ void __launch_bounds__(kNormThreads, 1) forward_kernel(NormForward p,
     load_input(p, row, head, x);
     float pivot = 0;
     if constexpr (kLayer) {
-      float sum[1] = {};
+      float sum[kSums] = {};  // of x, and of its squares
       head.each([&](int item, int) {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[0] += x[item].get(i);
+        for (int i = 0; i < kVec; ++i) {
+          const float v = x[item].get(i);
+          sum[0] += v;
+          if constexpr (!kWhole) sum[1] += v * v;
+        }
       });
       row_sums(sum, pivot_scratch);
       pivot = sum[0] / float(p.width < step ? p.width : step);
-      if constexpr (!kWhole) pivot = short_float(pivot);
+      if constexpr (!kWhole) pivot = pivot_near(pivot, sum[1] / float(step));
     }
     float sums[2] = {};  // of x - pivot, and of its squares
     const auto accumulate = [&](const Pack<T, kVec>& pack, float (&to)[2]) {
@@ -110,7 +121,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) forward_kernel(NormForward p,
     row_sums(sums, scratch);
     const float shift = sums[0] / float(p.width);
     float variance = sums[1] / float(p.width) - shift * shift;
-    if (variance < 0) variance = 0;  // the rounding of a row of one value; a NaN stays
+    if (variance < 0) variance = 0;  // the rounding of a row nearly of one value; a NaN stays
     const float rstd = 1.0f / sqrtf(variance + p.eps);
     if (row < p.rows && threadIdx.x == 0) {
       if constexpr (kLayer) p.mean[row] = kWhole ? pivot : pivot + shift;
