@@ -376,10 +376,11 @@ def test_mamba_chunk_scan_combined() -> None:
         mamba_ssm.mamba_chunk_scan_combined(*given, 0)
 
 
-def test_mamba_chunk_scan_combined_keeps_sequences_apart() -> None:
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_mamba_chunk_scan_combined_keeps_sequences_apart(dtype: torch.dtype) -> None:
     x, dt, A, B, C, *_, initial = ssd_arguments(1)
-    index = torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)
-    edges = torch.tensor([0, 4, 9], dtype=torch.int32)
+    index = torch.tensor([[0] * 4 + [1] * 5], dtype=dtype)
+    edges = torch.tensor([0, 4, 9], dtype=dtype)
 
     def theirs(*given: Tensor) -> tuple[Tensor, ...]:
         x, dt, A, B, C, initial = given

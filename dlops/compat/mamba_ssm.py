@@ -184,6 +184,7 @@ def mamba_chunk_scan_combined(
     """
     if chunk_size <= 0:
         raise ValueError(f"mamba_chunk_scan_combined: chunk_size is {chunk_size}, accepted are positive numbers")
+    seq_idx, cu_seqlens = (None if t is None else t.int() for t in (seq_idx, cu_seqlens))
     bounds = cu_seqlens if return_varlen_states else None
     if return_varlen_states:
         if cu_seqlens is None:
