@@ -107,9 +107,7 @@ def test_equal_to_torch(shape: tuple[int, ...], dims: int) -> None:
             torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + x + 1, normalized, weight))
 
 
-@pytest.mark.parametrize(
-    ("width", "value"), [(3, 12345.678), (1000, 12345.678), (5000, 12345.678), (20_000, 5316566.5)]
-)
+@pytest.mark.parametrize(("width", "value"), [(3, 12345.678), (1000, 12345.678), (5000, 12345.678), (20_000, 98765.43)])
 def test_a_row_of_one_value_is_zero(width: int, value: float) -> None:
     """As in torch: what is left of a rounded mean must not be scaled up by a tiny variance, or one below zero."""
     for name in ("cpu", "triton", "cuda"):
