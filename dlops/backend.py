@@ -175,11 +175,13 @@ def backends() -> dict[str, str | None]:
 
 
 @functools.cache
-def cpu_vendor() -> str:
-    """The CPU's vendor string (``"AuthenticAMD"``, ``"GenuineIntel"``, ...), or ``""`` if unknown."""
+def cpu_model() -> tuple[str, int]:
+    """The CPU's vendor (``"AuthenticAMD"``, ``"GenuineIntel"``, ...) and its number of the CPU's family, as CPUID says;
+    ``("", 0)`` if unknown."""
     if missing("cpu") is not None:
-        return ""
-    return importlib.import_module("dlops._C").cpu_features()["vendor"]
+        return "", 0
+    features = importlib.import_module("dlops._C").cpu_features()
+    return features["vendor"], features["family"]
 
 
 # ---- which one runs ------------------------------------------------------------------------------------------------

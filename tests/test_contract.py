@@ -61,6 +61,18 @@ def interpreted(name: str, device: str) -> bool:
     return name == "triton" and device == "cpu"
 
 
+def drawn(op: Op, name: str, dtype: torch.dtype, device: str, kind: str = "normal") -> list[list[tuple[Any, ...]]]:
+    """Each sample that ``name`` serves in four draws of its values."""
+    seeds = range(4)
+    return list(map(list, zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in seeds], strict=True)))
+
+
+def telling(draws: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """As many draws as tell something about the largest error: one, but all where a gradient has few values."""
+    sizes = [a.numel() for a in draws[0] if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    return draws if min(sizes, default=0) < 8 else draws[:1]
+
+
 # Kernels for a GPU on the CPU take all samples in float32-normal, and a share in every other combination.
 UNUSUAL = [(dtype, kind) for dtype in DTYPES for kind in KINDS][1:]
 SHARE = 4
@@ -71,24 +83,23 @@ LONG = 200_000  # elements, for which the interpreter takes minutes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: str, record_ratios: Any) -> None:
-    seeds = range(1 if interpreted(name, device) else 4)
-    samples = list(zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in seeds], strict=True))
+    samples = drawn(op, name, dtype, device, kind)
     if name in ("triton", "cuda") and device == "cpu" and (dtype, kind) in UNUSUAL:
         samples = samples[UNUSUAL.index((dtype, kind)) % SHARE :: SHARE]
     for draws in samples:
         if interpreted(name, device) and draws[0][0].numel() > LONG:
             continue
-        small = draws[0][0].numel() < 1000
-        record_ratios(testing.check_ratios(op, draws if small else draws[:1], name))
+        small = draws[0][0].numel() < 1000 and not interpreted(name, device)
+        record_ratios(testing.check_ratios(op, draws if small else telling(draws), name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_layouts(op: Op, name: str, dtype: torch.dtype, device: str) -> None:
-    for i, args in enumerate(served(op, name, Make(dtype, device))):
+    for i, draws in enumerate(drawn(op, name, dtype, device)):
         share = SHARE if interpreted(name, device) else 2  # of the samples, in each dtype others
-        if args[0].numel() < 10_000 and i // 2 % share == (dtype == torch.bfloat16):
-            testing.check_layouts(op, args, name)
+        if draws[0][0].numel() < 10_000 and i // 2 % share == (dtype == torch.bfloat16):
+            testing.check_layouts(op, telling(draws), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

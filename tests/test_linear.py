@@ -10,9 +10,9 @@ from torch import Tensor
 import dlops
 import dlops.functional as F
 from dlops import backend
-from dlops.ops import linear
+from dlops.ops import _linear_backends, linear
 from dlops.ops.activation import ACTIVATIONS, FROM_OUTPUT, activate, activate_backward, activation_params
-from dlops.testing import DTYPES, RATIO, Make, check_ratios, error_ratio, samples
+from dlops.testing import DTYPES, RATIO, Make, check_ratios, error_ratio, layouts, samples
 
 # x's leading shape, out_features, in_features: odd sizes, tile edges +-1, one element, empty; LONG: a long
 # reduction, which kernels split, and more outputs than a block of the smallest tile has.
@@ -155,6 +155,22 @@ def test_gradients_of_more_rows_than_one_run_sums() -> None:
     make = Make()
     args = [make(4200, 9), make(4200, 2), make(9, 2), make(4200, 9), "gelu", [], [True] * 3]
     check_ratios(linear.linear_act_backward, [args], "cpu")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("rows", [(), (1,), (0,), (2, 65)])
+@pytest.mark.parametrize("length", [1, 384, 385, 1100])
+def test_products_where_onednn_wins(
+    monkeypatch: pytest.MonkeyPatch, length: int, rows: tuple[int, ...], twice: bool
+) -> None:
+    monkeypatch.setattr(_linear_backends, "ONEDNN_WINS", True)
+    monkeypatch.setattr(_linear_backends, "_ONEDNN_WINS_TWICE", twice)
+    given = torch.randn(*rows, length), torch.randn(9, length), torch.randn(9)
+    for args in [given, *layouts(given)]:
+        exact = torch.nn.functional.linear(*(t.double() for t in args))
+        y = _linear_backends.product(*args)
+        assert max(error_ratio(y, torch.nn.functional.linear(*args), exact)) <= RATIO
 
 
 @pytest.mark.parametrize("size", [3, 600])

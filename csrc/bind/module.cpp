@@ -29,9 +29,22 @@ std::string vendor() {
 #endif
 }
 
+// The vendor's number of the microarchitecture: on an AMD CPU 25 (Zen 3 and 4), 26 (Zen 5).
+unsigned family() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+  const unsigned base = eax >> 8 & 0xF, extended = eax >> 20 & 0xFF;
+  return base == 0xF ? base + extended : base;
+#else
+  return 0;
+#endif
+}
+
 py::dict cpu_features() {
   py::dict features;
   features["vendor"] = vendor();
+  features["family"] = family();
 #if defined(__x86_64__)
   __builtin_cpu_init();
   features["avx2"] = bool(__builtin_cpu_supports("avx2"));
@@ -62,5 +75,6 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dlops's CPU kernels; loading this module registers the dlops_cpu ops.";
   m.def("build_info", &build_info, "The compiler, its flags, the torch built against, and the instruction sets built.");
-  m.def("cpu_features", &cpu_features, "The CPU's vendor and features, and the instruction set whose kernels run.");
+  m.def("cpu_features", &cpu_features,
+        "The CPU's vendor, family and features, and the instruction set whose kernels run.");
 }

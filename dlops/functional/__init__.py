@@ -22,7 +22,7 @@ from dlops.functional.scan import selective_scan
 from dlops.functional.ssd_scan import ssd_scan
 from dlops.functional.state_update import causal_conv1d_update, selective_state_update
 from dlops.ops._check import FLOATING, Arguments, check_eps
-from dlops.ops._linear_backends import CPU_KERNELS, ONEDNN_WINS, SLOW_HALVES
+from dlops.ops._linear_backends import CPU_KERNELS, SLOW_HALVES, onednn_wins
 from dlops.ops.activation import FROM_OUTPUT, activate, activation_params
 from dlops.ops.linear import gated_linear as gated_op
 from dlops.ops.linear import linear_act as linear_op
@@ -131,18 +131,19 @@ def _linear_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     forced = backend.forced()
     if forced is not None and forced != "torch":
         return True
-    # bench rows linear: torch's own product is what every backend here calls, but for halves on an AVX2 CPU, and where
-    # oneDNN beats MKL.
-    wins = x.dtype in SLOW_HALVES or (ONEDNN_WINS and x.dtype == torch.float32)
-    if forced is None and not (wins and CPU_KERNELS and x.device.type == "cpu"):
+    if weight.dim() != 2 or x.dim() == 0:
         return False
-    if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1] or not _alike(x, weight, bias):
+    if forced is None:
+        # bench rows linear: torch's own product is what every backend here calls, but for halves on an AVX2 CPU, and
+        # where oneDNN beats MKL.
+        if not (CPU_KERNELS and (x.dtype in SLOW_HALVES or onednn_wins(x))):
+            return False
+        small = not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _SMALL_LINEAR
+        if small or x.device.type != "cpu":
+            return False
+    if weight.shape[1] != x.shape[-1] or not _alike(x, weight, bias):
         return False
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return False
-    if forced is not None or torch.compiler.is_compiling():
-        return True
-    return x.numel() * weight.shape[0] >= _SMALL_LINEAR
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:

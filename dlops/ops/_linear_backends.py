@@ -28,22 +28,25 @@ _ONEDNN = {
     "silu": ("swish", ""),
 }
 # oneDNN adds up all products of an output in one chain, which rounds too much past so many of them. Longer
-# sums are made of runs; of copies, since slices take oneDNN a thousand times longer. Measured, runs cost no time:
-# 512x1024->4096 takes 0.9x of one call's.
-ONEDNN_LONGEST, _ONEDNN_RUN = 512, 256
+# sums are made of runs; of copies where the run is not dense, which takes oneDNN a thousand times longer.
+ONEDNN_LONGEST, _ONEDNN_RUN = 384, 256
 _CUBLASLT = {"relu": False, "gelu_tanh": True}  # activation: use_gelu
 
 
-def _onednn_wins() -> bool:
-    if backend.cpu_vendor() != "AuthenticAMD" or not torch.backends.mkldnn.is_available():
-        return False
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+def _amd_family() -> int:
+    vendor, family = backend.cpu_model()
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
+    return family if vendor == "AuthenticAMD" and avx512 else 0
 
 
 # Decided once, at import: traced code cannot probe the CPU.
 CPU_KERNELS = backend.missing("cpu") is None
-# Whether oneDNN's float32 products beat torch's own (MKL): on AMD CPUs with AVX-512, which MKL does not use there.
-ONEDNN_WINS = _onednn_wins()
+# Whether oneDNN's float32 products beat torch's own (MKL): on AMD CPUs with AVX-512, which MKL does not use there. By
+# 2x from family 26 (Zen 5) on, which multiplies whole vectors at a time; by 1.2x on the one before, but for those in
+# runs and of transposed rows (512x1024->4096: 20 ms, in runs 28, MKL 27; 384x3520->1536, transposed: 27, MKL 22).
+ONEDNN_WINS = _amd_family() > 0
+_ONEDNN_WINS_TWICE = _amd_family() >= 26
+_RUNS_PAY = 128  # rows: with fewer, copying the runs of the weight takes longer than multiplying by them
 # What this CPU multiplies slower than float32: without AVX-512 torch multiplies halves element by element.
 SLOW_HALVES = frozenset(
     dtype
@@ -64,9 +67,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if ONEDNN_WINS and x.dtype == torch.float32 and x.numel() and weight.numel():
+    dense = x.is_contiguous() or _ONEDNN_WINS_TWICE
+    many = x.shape[-1] <= ONEDNN_LONGEST or as_rows(x).shape[0] >= _RUNS_PAY
+    if onednn_wins(x) and dense and many and x.numel() and weight.numel():
         return _onednn(x, weight, bias, "none")
     return F.linear(x, weight, bias)
+
+
+def onednn_wins(x: Tensor) -> bool:
+    """Whether oneDNN multiplies rows as long as x's, and enough of them, faster than torch's own library."""
+    return ONEDNN_WINS and x.dtype == torch.float32 and (_ONEDNN_WINS_TWICE or x.shape[-1] <= ONEDNN_LONGEST)
 
 
 def _cpu_linear_act(
@@ -251,11 +261,15 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     if x.shape[-1] <= ONEDNN_LONGEST:
         attr, algorithm = _ONEDNN[activation]
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm).contiguous()
-    y = _onednn(x[..., :_ONEDNN_RUN].contiguous(), weight[:, :_ONEDNN_RUN].contiguous(), bias, "none")
+    y = _onednn(_run(x, 0), _run(weight, 0), bias, "none")
     for k in range(_ONEDNN_RUN, x.shape[-1], _ONEDNN_RUN):
-        run = slice(k, k + _ONEDNN_RUN)
-        y = _onednn_with(x[..., run].contiguous(), weight[:, run].contiguous(), None, y, "add")
+        y = _onednn_with(_run(x, k), _run(weight, k), None, y, "add")
     return activate(y, activation, [])
+
+
+def _run(x: Tensor, k: int) -> Tensor:
+    run = x[..., k : k + _ONEDNN_RUN]
+    return run if run.dim() == 2 and run.t().is_contiguous() else run.contiguous()
 
 
 def _onednn_with(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, operation: str) -> Tensor:

@@ -5,7 +5,8 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,21 @@ def _over(y: Tensor, yd: Tensor, y64: Tensor, norm: Callable[[Tensor], Tensor], 
 
 def _root_mean_square(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
+
+
+def check_draws(draws: Iterable[Iterable[tuple[Tensor, Tensor, Tensor]]]) -> None:
+    """Assert the error ratio of what many ops make together, such as a model's output and gradients.
+
+    Such a chain amplifies now and then what one op has rounded, in either implementation, and the largest error of all
+    draws is that of one draw: it is the median draw's largest error that counts, and all draws' root mean square.
+
+    Args:
+        draws: for each draw of the input ``(y, yd, y64)`` of every result, as :func:`error_ratio` takes them.
+    """
+    for number, of_draws in enumerate(zip(*draws, strict=True)):
+        largest = statistics.median(error_ratio(*(t.detach() for t in triple))[0] for triple in of_draws)
+        rms = error_ratio(*(torch.stack(t).detach() for t in zip(*of_draws, strict=True)))[1]
+        assert largest <= RATIO and rms <= RATIO, f"result {number}: largest {largest}, rms {rms}"
 
 
 def ratios(op: Op, draws: Sequence[Sequence[Any]], name: str) -> list[Ratio]:
@@ -297,11 +313,12 @@ def layouts(args: Sequence[Any]) -> Iterator[list[Any]]:
         yield [change(a) if _floating(a) and a.dim() else a for a in args]
 
 
-def check_layouts(op: Op, args: Sequence[Any], name: str) -> None:
-    """The contract's error ratio holds for every memory layout of the arguments, and for expanded gradients."""
-    for changed in layouts(args):
-        if runs(op, name, changed):
-            check_ratios(op, [changed], name)
+def check_layouts(op: Op, draws: Sequence[Sequence[Any]], name: str) -> None:
+    """The contract's error ratio holds for every memory layout of the arguments, and for expanded gradients; ``draws``
+    as in :func:`ratios`."""
+    for changed in zip(*map(layouts, draws), strict=True):
+        if runs(op, name, changed[0]):
+            check_ratios(op, changed, name)
 
 
 def distant(a: Tensor) -> Tensor:
