@@ -61,16 +61,9 @@ def interpreted(name: str, device: str) -> bool:
     return name == "triton" and device == "cpu"
 
 
-def drawn(op: Op, name: str, dtype: torch.dtype, device: str, kind: str = "normal") -> list[list[tuple[Any, ...]]]:
-    """Each sample that ``name`` serves in four draws of its values."""
-    seeds = range(4)
-    return list(map(list, zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in seeds], strict=True)))
-
-
-def telling(draws: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """As many draws as tell something about the largest error: one, but all where a gradient has few values."""
-    sizes = [a.numel() for a in draws[0] if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    return draws if any(0 < size < 4 for size in sizes) else draws[:1]
+def scarce(args: tuple[Any, ...]) -> bool:
+    """Whether the gradient of an argument has so few values that one draw of them says nothing about its error."""
+    return any(0 < a.numel() < 4 for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
 
 
 # Kernels for a GPU on the CPU take all samples in float32-normal, and a share in every other combination.
@@ -83,23 +76,24 @@ LONG = 200_000  # elements, for which the interpreter takes minutes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: str, record_ratios: Any) -> None:
-    samples = drawn(op, name, dtype, device, kind)
+    # Few small outputs say little about their largest error: those of several draws count together.
+    samples = list(zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in range(4)], strict=True))
     if name in ("triton", "cuda") and device == "cpu" and (dtype, kind) in UNUSUAL:
         samples = samples[UNUSUAL.index((dtype, kind)) % SHARE :: SHARE]
     for draws in samples:
         if interpreted(name, device) and draws[0][0].numel() > LONG:
             continue
-        small = draws[0][0].numel() < 1000 and not interpreted(name, device)
-        record_ratios(testing.check_ratios(op, draws if small else telling(draws), name))
+        few = draws[0][0].numel() < 1000 and (scarce(draws[0]) or not interpreted(name, device))
+        record_ratios(testing.check_ratios(op, draws if few else draws[:1], name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_layouts(op: Op, name: str, dtype: torch.dtype, device: str) -> None:
-    for i, draws in enumerate(drawn(op, name, dtype, device)):
+    for i, args in enumerate(served(op, name, Make(dtype, device))):
         share = SHARE if interpreted(name, device) else 2  # of the samples, in each dtype others
-        if draws[0][0].numel() < 10_000 and i // 2 % share == (dtype == torch.bfloat16):
-            testing.check_layouts(op, telling(draws), name)
+        if args[0].numel() < 10_000 and i // 2 % share == (dtype == torch.bfloat16):
+            testing.check_layouts(op, args, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -191,19 +191,23 @@ def _values(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Tenso
 
 
 def _gradients(op: Op, args: Sequence[Any], name: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(7)
-    dys = [
-        None
-        if i in op.non_differentiable
-        else torch.randn(o.shape, generator=generator, dtype=_exact(o)).to(o.device, o.dtype)
-        for i, o in enumerate(as_tuple(op.definition(*args)))
-    ]
+    dys = _output_gradients(op, as_tuple(op.definition(*args)))
     with backend.use_backend(name), poison():
         ours = gradients(op, args, dys)
     with backend.use_backend("torch"):  # the definition of the backward
         theirs = gradients(op, args, dys)
     exact = gradients(op.definition, _double(args), _double(dys))
     yield from zip([f"d{n}" for n in _float_names(op, args)], ours, theirs, exact, strict=True)
+
+
+def _output_gradients(op: Op, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        None
+        if i in op.non_differentiable
+        else torch.randn(o.shape, generator=generator, dtype=_exact(o)).to(o.device, o.dtype)
+        for i, o in enumerate(outputs)
+    ]
 
 
 def _double(args: Sequence[Any]) -> list[Any]:
@@ -313,12 +317,30 @@ def layouts(args: Sequence[Any]) -> Iterator[list[Any]]:
         yield [change(a) if _floating(a) and a.dim() else a for a in args]
 
 
-def check_layouts(op: Op, draws: Sequence[Sequence[Any]], name: str) -> None:
-    """The contract's error ratio holds for every memory layout of the arguments, and for expanded gradients; ``draws``
-    as in :func:`ratios`."""
-    for changed in zip(*map(layouts, draws), strict=True):
-        if runs(op, name, changed[0]):
-            check_ratios(op, changed, name)
+def check_layouts(op: Op, args: Sequence[Any], name: str) -> None:
+    """Every memory layout of the arguments gives the results of the one they have."""
+    _check_same(op, args, (changed for changed in layouts(args) if runs(op, name, changed)), name)
+
+
+def _check_same(op: Op, args: Sequence[Any], others: Iterable[Sequence[Any]], name: str) -> None:
+    """Each of ``others`` has ``args``' values, and gives the bits of their results or, where its layout makes a kernel
+    add up in another order, keeps the error ratio; its outputs have the strides of the definition's."""
+    expected = _results(op, args, name)
+    for changed in others:
+        found = _results(op, changed, name)
+        outputs = evaluate(op, changed, op.definition)
+        for what, y, yd in zip(op.returns + op.mutates, found[: len(outputs)], outputs, strict=True):
+            assert y.stride() == yd.stride(), f"{op.name} on {name}: {what} has strides {y.stride()}, not {yd.stride()}"
+        if not all(((y == e) | (y.isnan() & e.isnan())).all() for y, e in zip(found, expected, strict=True)):
+            check_ratios(op, [changed], name)
+
+
+def _results(op: Op, args: Sequence[Any], name: str) -> tuple[Tensor, ...]:
+    """What ``op`` returns and writes to and, if it is differentiable, all gradients."""
+    with backend.use_backend(name), poison():
+        outputs = evaluate(op, args)
+        dys = _output_gradients(op, outputs[: len(op.returns)])
+        return outputs + tuple(gradients(op, args, dys)) if op.differentiable else outputs
 
 
 def distant(a: Tensor) -> Tensor:
@@ -329,10 +351,13 @@ def distant(a: Tensor) -> Tensor:
 
 
 def check_distant(op: Op, args: Sequence[Any], name: str) -> None:
-    """The contract's error ratio holds where offsets do not fit 32 bits, in one argument after the other."""
-    for i, a in enumerate(args):
-        if isinstance(a, Tensor) and a.dim() and a.shape[0] > 1:
-            check_ratios(op, [[*args[:i], distant(a), *args[i + 1 :]]], name)
+    """Offsets that do not fit 32 bits, in one argument after the other, give the same results."""
+    others = (
+        [*args[:i], distant(a), *args[i + 1 :]]
+        for i, a in enumerate(args)
+        if isinstance(a, Tensor) and a.dim() and a.shape[0] > 1
+    )
+    _check_same(op, args, others, name)
 
 
 def check_untouched(op: Op, args: Sequence[Any], name: str) -> None:
