@@ -176,8 +176,8 @@ def backends() -> dict[str, str | None]:
 
 @functools.cache
 def cpu_model() -> tuple[str, int]:
-    """The CPU's vendor (``"AuthenticAMD"``, ``"GenuineIntel"``, ...) and its number of the CPU's family, as CPUID says;
-    ``("", 0)`` if unknown."""
+    """The CPU's vendor (``"AuthenticAMD"``, ``"GenuineIntel"``, ...) and family number, as CPUID says; ``("", 0)`` if
+    unknown."""
     if missing("cpu") is not None:
         return "", 0
     features = importlib.import_module("dlops._C").cpu_features()

@@ -72,15 +72,20 @@ SHARE = 4
 LONG = 200_000  # elements, for which the interpreter takes minutes
 
 
+def share(samples: list[Any], name: str, device: str, dtype: torch.dtype, kind: str = "normal") -> list[Any]:
+    """The samples whose error ratio is tested."""
+    if name in ("triton", "cuda") and device == "cpu" and (dtype, kind) in UNUSUAL:
+        return samples[UNUSUAL.index((dtype, kind)) % SHARE :: SHARE]
+    return samples
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: str, record_ratios: Any) -> None:
     # Few small outputs say little about their largest error: those of several draws count together.
     samples = list(zip(*[served(op, name, Make(dtype, device, kind, seed)) for seed in range(4)], strict=True))
-    if name in ("triton", "cuda") and device == "cpu" and (dtype, kind) in UNUSUAL:
-        samples = samples[UNUSUAL.index((dtype, kind)) % SHARE :: SHARE]
-    for draws in samples:
+    for draws in share(samples, name, device, dtype, kind):
         if interpreted(name, device) and draws[0][0].numel() > LONG:
             continue
         few = draws[0][0].numel() < 1000 and (scarce(draws[0]) or not interpreted(name, device))
@@ -90,16 +95,19 @@ def test_error_ratio(op: Op, name: str, dtype: torch.dtype, kind: str, device: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_layouts(op: Op, name: str, dtype: torch.dtype, device: str) -> None:
-    for i, args in enumerate(served(op, name, Make(dtype, device))):
-        share = SHARE if interpreted(name, device) else 2  # of the samples, in each dtype others
-        if args[0].numel() < 10_000 and i // 2 % share == (dtype == torch.bfloat16):
+    samples = share(served(op, name, Make(dtype, device)), name, device, dtype)
+    if dtype == torch.float32:
+        samples = samples[:: SHARE if interpreted(name, device) else 2]
+    for args in samples:
+        if args[0].numel() < 10_000:
             testing.check_layouts(op, args, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_offsets_past_2_to_the_31(op: Op, name: str, dtype: torch.dtype, device: str) -> None:
-    found = [a for a in served(op, name, Make(dtype, device)) if a[0].dim() >= 2 and min(a[0].shape) > 1]
+    samples = share(served(op, name, Make(dtype, device)), name, device, dtype)
+    found = [a for a in samples if a[0].dim() >= 2 and min(a[0].shape) > 1]
     if not found:
         pytest.skip(f"{name} serves none of the samples on {device}")
     testing.check_distant(op, found[0], name)

@@ -166,11 +166,32 @@ def test_products_where_onednn_wins(
 ) -> None:
     monkeypatch.setattr(_linear_backends, "ONEDNN_WINS", True)
     monkeypatch.setattr(_linear_backends, "_ONEDNN_WINS_TWICE", twice)
+    calls, onednn = [], _linear_backends._onednn
+    monkeypatch.setattr(_linear_backends, "_onednn", lambda x, *others: calls.append(x) or onednn(x, *others))
     given = torch.randn(*rows, length), torch.randn(9, length), torch.randn(9)
     for args in [given, *layouts(given)]:
         exact = torch.nn.functional.linear(*(t.double() for t in args))
+        calls.clear()
         y = _linear_backends.product(*args)
         assert max(error_ratio(y, torch.nn.functional.linear(*args), exact)) <= RATIO
+        if args[0].is_contiguous():
+            assert bool(calls) == (rows != (0,) and (length <= 384 or (twice and rows == (2, 65))))
+
+
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "csr weight"])
+def test_linear_is_torch_linear_for_other_tensors(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(_linear_backends, "ONEDNN_WINS", True)
+    x, weight = torch.randn(400, 96), torch.randn(64, 96)
+    if kind in ("nested", "jagged"):
+        layout = torch.strided if kind == "nested" else torch.jagged
+        x = torch.nested.nested_tensor([x[:150], x[150:]], layout=layout)
+    elif kind == "sparse":
+        x = x.to_sparse()
+    else:
+        weight = weight.to_sparse_csr()
+    y, yd = F.linear(x, weight), torch.nn.functional.linear(x, weight)
+    for a, b in zip(y.unbind(), yd.unbind(), strict=True) if x.is_nested else [(y, yd)]:
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("size", [3, 600])

@@ -134,12 +134,14 @@ def _linear_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if weight.dim() != 2 or x.dim() == 0:
         return False
     if forced is None:
+        # Kernels read neither nested nor sparse tensors.
+        if not x.is_cpu or x.is_nested or x.layout is not torch.strided or weight.layout is not torch.strided:
+            return False
         # bench rows linear: torch's own product is what every backend here calls, but for halves on an AVX2 CPU, and
         # where oneDNN beats MKL.
         if not (CPU_KERNELS and (x.dtype in SLOW_HALVES or onednn_wins(x))):
             return False
-        small = not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _SMALL_LINEAR
-        if small or x.device.type != "cpu":
+        if not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < _SMALL_LINEAR:
             return False
     if weight.shape[1] != x.shape[-1] or not _alike(x, weight, bias):
         return False

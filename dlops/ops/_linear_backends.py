@@ -67,16 +67,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.dtype in SLOW_HALVES:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    dense = x.is_contiguous() or _ONEDNN_WINS_TWICE
-    many = x.shape[-1] <= ONEDNN_LONGEST or as_rows(x).shape[0] >= _RUNS_PAY
-    if onednn_wins(x) and dense and many and x.numel() and weight.numel():
+    pays = x.shape[-1] <= ONEDNN_LONGEST or x.numel() >= _RUNS_PAY * x.shape[-1]
+    if onednn_wins(x) and reads_well(x) and pays and x.numel() and weight.numel():
         return _onednn(x, weight, bias, "none")
     return F.linear(x, weight, bias)
 
 
 def onednn_wins(x: Tensor) -> bool:
-    """Whether oneDNN multiplies rows as long as x's, and enough of them, faster than torch's own library."""
+    """Whether oneDNN multiplies rows as long as x's, of a CPU tensor, faster than torch's own library."""
     return ONEDNN_WINS and x.dtype == torch.float32 and (_ONEDNN_WINS_TWICE or x.shape[-1] <= ONEDNN_LONGEST)
+
+
+def reads_well(x: Tensor) -> bool:
+    """Whether it does so too with x's rows as they lie in memory."""
+    return _ONEDNN_WINS_TWICE or x.is_contiguous()
 
 
 def _cpu_linear_act(

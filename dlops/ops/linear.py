@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlops._op import acc, as_rows, context_dtype, op, sum_rows
 from dlops.ops._check import FLOATING, check_shape, check_tensors
-from dlops.ops._linear_backends import ONEDNN_LONGEST, ONEDNN_WINS, implement
+from dlops.ops._linear_backends import ONEDNN_LONGEST, implement, onednn_wins, reads_well
 from dlops.ops.activation import FROM_NOTHING, FROM_OUTPUT, activate, activate_backward, check_activation
 
 # torch runs linear in the dtype that the autocast context asks for.
@@ -247,7 +247,7 @@ def _rule(*args: Any) -> Sequence[str]:
         return ("vendor", "cuda", "triton", "torch")  # unmeasured
     # cpu: bench rows linear_act and gated_linear. Where oneDNN's products beat MKL's, so does its fused call, which
     # takes no long sums and cannot keep the pre-activation (`save`, the last argument).
-    fused = ONEDNN_WINS and args[-1] is False and x.shape[-1] <= ONEDNN_LONGEST
+    fused = args[-1] is False and x.shape[-1] <= ONEDNN_LONGEST and onednn_wins(x) and reads_well(x)
     return ("vendor", "cpu", "torch") if fused else ("cpu", "torch")
 
 

@@ -1,6 +1,6 @@
 """Triton's interpreter, quicker: its scans take Python's time for every element, and its calls of device functions
 replace the members of ``triton.language`` once more each, which the launch has done already. And its sums add up in
-halves, as a GPU's threads do, not in one chain, which rounds more.
+halves, as a GPU's threads do; numpy's along an outer axis are one chain, which rounds more.
 """
 
 import contextlib
