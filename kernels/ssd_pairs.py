@@ -153,7 +153,9 @@ def ssd_pairs_kernel(
     if ddt is not None:
         offs = (batch * steps + t) * heads + head
         tl.store(ddt + offs, rounded(dsize, ddt.dtype.element_ty), mask=inside)
+    # As sums of a row: those of a vector Triton 3.6 does not compile where tcgen05 multiplies.
+    one = tl.arange(0, 1)
     if dA is not None:
-        tl.store(dA + of_head, tl.sum(exponents * size, 0).to(tl.float32))
+        tl.store(dA + of_head + one, tl.sum((exponents * size)[None, :], 1).to(tl.float32))
     if ddt_bias is not None:
-        tl.store(ddt_bias + of_head, tl.sum(dsize, 0))
+        tl.store(ddt_bias + of_head + one, tl.sum(dsize[None, :], 1))

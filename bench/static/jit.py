@@ -34,6 +34,7 @@ SHARES = {
     r"(conv|dpre|dx)_kernel .*\bstride_[gx]t=1\b": (0.0, 1.0),  # taps are steps apart: among adjacent steps unaligned
     r"conv_update_kernel ": (0.0, 0.0),  # a few steps of each channel, of any number
     r"linear_scan_backward_kernel .*\bstride_al=1\b": (0.25, 1.0),  # the steps next to those of a tile are unaligned
+    r"ssd_pairs_kernel .*\btf32x3\b": (0.8, 1.0),  # Triton 3.6 copies dy, z and C 8 bytes at a time
     r"(conv|dpre|dx)_kernel ": (0.35, 1.0),  # as much code for states, where steps are adjacent, as for steps
 }
 driver: Any = triton.runtime.driver
